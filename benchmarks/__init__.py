@@ -1,0 +1,1 @@
+"""Benchmarks of hexad: each prints a table and writes JSON to results/. Run them with scripts/bench."""

@@ -1,0 +1,165 @@
+// hexad._native: checks arguments, releases the GIL, calls. No arithmetic here.
+
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
+
+#include <tuple>
+
+#include "cpu_features.h"
+#include "probe.h"
+#include "program.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+using hexad::Program;
+
+namespace {
+
+template <class T, size_t N>
+using In = nb::ndarray<const T, nb::ndim<N>, nb::c_contig, nb::device::cpu>;
+template <class T, size_t N>
+using Out = nb::ndarray<T, nb::ndim<N>, nb::c_contig, nb::device::cpu>;
+
+void require(bool holds, const char* message) {
+  if (!holds) throw std::invalid_argument(message);
+}
+
+void forward(Program& p, In<int32_t, 1> tokens, In<int32_t, 1> row_starts, In<int32_t, 1> starts,
+             In<int32_t, 2> block_tables, In<int32_t, 1> sample_rows) {
+  require(row_starts.shape(0) == starts.shape(0) + 1 && block_tables.shape(0) == starts.shape(0),
+          "row_starts, starts and block_tables disagree about the number of sequences");
+  const hexad::BatchView batch{tokens.data(),
+                               static_cast<int64_t>(tokens.shape(0)),
+                               row_starts.data(),
+                               starts.data(),
+                               static_cast<int64_t>(starts.shape(0)),
+                               block_tables.data(),
+                               static_cast<int64_t>(block_tables.shape(1)),
+                               sample_rows.data(),
+                               static_cast<int64_t>(sample_rows.shape(0))};
+  nb::gil_scoped_release release;
+  p.forward(batch);
+}
+
+void logits(Program& p, Out<float, 2> out) {
+  require(
+      static_cast<int64_t>(out.shape(0)) == p.samples() && static_cast<int64_t>(out.shape(1)) == p.vocab(),
+      "the output is not [sample rows, vocabulary]");
+  nb::gil_scoped_release release;
+  p.logits(out.data());
+}
+
+void sample(Program& p, In<float, 1> temperature, In<int32_t, 1> top_k, In<float, 1> top_p,
+            In<float, 1> min_p, In<uint64_t, 1> seed, In<uint32_t, 1> sequence, In<uint32_t, 1> position,
+            Out<int32_t, 1> out) {
+  const size_t n = static_cast<size_t>(p.samples());
+  require(temperature.shape(0) == n && top_k.shape(0) == n && top_p.shape(0) == n && min_p.shape(0) == n &&
+              seed.shape(0) == n && sequence.shape(0) == n && position.shape(0) == n && out.shape(0) == n,
+          "sampling parameters are not one per sample row");
+  std::vector<hexad::SampleParams> params(n);
+  for (size_t i = 0; i < n; ++i)
+    params[i] = {temperature.data()[i], top_k.data()[i],    top_p.data()[i],   min_p.data()[i],
+                 seed.data()[i],        sequence.data()[i], position.data()[i]};
+  nb::gil_scoped_release release;
+  p.sample(params.data(), out.data());
+}
+
+hexad::Epilogue epilogue_of(const std::string& name) {
+  if (name == "store") return hexad::Epilogue::kStore;
+  if (name == "add") return hexad::Epilogue::kAdd;
+  if (name == "gated") return hexad::Epilogue::kGated;
+  throw std::invalid_argument("no epilogue is named '" + name + "'");
+}
+
+}  // namespace
+
+NB_MODULE(_native, m) {
+  m.doc() = "The native CPU core: compiled programs and hardware probes.";
+
+  m.def("isas", &hexad::supported_isas, "ISAs this build has and this machine supports, best first.");
+  m.def(
+      "isa", [] { return std::string(hexad::kernels_for("").isa); },
+      "The ISA in use; HEXAD_ISA forces a lower one.");
+  m.def(
+      "probe_bandwidth",
+      [](int threads) {
+        nb::gil_scoped_release release;
+        return hexad::probe_bandwidth(hexad::kernels_for(""), threads);
+      },
+      "threads"_a, "Bytes per second `threads` threads together read from memory.");
+  m.def(
+      "probe_int8",
+      [](int threads) {
+        nb::gil_scoped_release release;
+        return hexad::probe_int8(hexad::kernels_for(""), threads);
+      },
+      "threads"_a, "int8 multiply-adds per second `threads` threads together reach.");
+
+  nb::class_<Program>(m, "Program",
+                      "A compiled graph with its packed weights and KV cache; see csrc/program.h.")
+      .def(
+          "__init__",
+          [](Program* self, const std::string& isa, int threads, bool quantised, bool kv_f16,
+             int64_t max_rows, int64_t max_seqs, int64_t kv_blocks) {
+            new (self)
+                Program(hexad::Options{isa, threads, quantised, kv_f16, max_rows, max_seqs, kv_blocks});
+          },
+          nb::kw_only(), "isa"_a, "threads"_a, "quantised"_a, "kv_f16"_a, "max_rows"_a, "max_seqs"_a,
+          "kv_blocks"_a)
+      .def("add_weight", &Program::add_weight, "stored"_a, "rows"_a, "columns"_a)
+      .def(
+          "pack_weight",
+          [](Program& p, int weight, const std::string& stored, In<uint8_t, 1> data) {
+            nb::gil_scoped_release release;
+            p.pack_weight(weight, stored, data.data(), static_cast<int64_t>(data.shape(0)));
+          },
+          "weight"_a, "stored"_a, "data"_a.noconvert())
+      .def(
+          "add_vector",
+          [](Program& p, In<float, 1> values) {
+            return p.add_vector(values.data(), static_cast<int64_t>(values.shape(0)));
+          },
+          "values"_a.noconvert())
+      .def("add_buffer", &Program::add_buffer, "features"_a)
+      .def(
+          "add_rope",
+          [](Program& p, In<float, 1> inv_freq) {
+            return p.add_rope(inv_freq.data(), static_cast<int64_t>(inv_freq.shape(0)));
+          },
+          "inv_freq"_a.noconvert())
+      .def("set_cache", &Program::set_cache, "layers"_a, "kv_heads"_a, "head_dim"_a)
+      .def("op_embed", &Program::op_embed, "weight"_a, "out"_a)
+      .def("op_norm", &Program::op_norm, "x"_a, "weight"_a, "eps"_a, "out"_a)
+      .def(
+          "op_linear",
+          [](Program& p, int x, int norm, float eps, const std::vector<std::tuple<int, int>>& projections,
+             const std::string& epilogue, int residual, int out) {
+            std::vector<hexad::Projection> list;
+            for (const auto& [weight, bias] : projections) list.push_back({weight, bias});
+            p.op_linear(x, norm, eps, std::move(list), epilogue_of(epilogue), residual, out);
+          },
+          "x"_a, "norm"_a, "eps"_a, "projections"_a, "epilogue"_a, "residual"_a, "out"_a)
+      .def("op_rope", &Program::op_rope, "x"_a, "rope"_a, "head_dim"_a, "out"_a)
+      .def("op_gated", &Program::op_gated, "gate"_a, "up"_a, "out"_a)
+      .def("op_add", &Program::op_add, "a"_a, "b"_a, "out"_a)
+      .def("op_attention", &Program::op_attention, "q"_a, "q_column"_a, "k"_a, "k_column"_a, "v"_a,
+           "v_column"_a, "rope"_a, "layer"_a, "heads"_a, "kv_heads"_a, "head_dim"_a, "scale"_a, "out"_a)
+      .def("op_take_rows", &Program::op_take_rows, "x"_a, "out"_a)
+      .def("op_logits", &Program::op_logits, "x"_a, "norm"_a, "eps"_a, "weight"_a)
+      .def("seal", &Program::seal)
+      .def("forward", &forward, "tokens"_a.noconvert(), "row_starts"_a.noconvert(), "starts"_a.noconvert(),
+           "block_tables"_a.noconvert(), "sample_rows"_a.noconvert())
+      .def("logits", &logits, "out"_a.noconvert())
+      .def("sample", &sample, "temperature"_a.noconvert(), "top_k"_a.noconvert(), "top_p"_a.noconvert(),
+           "min_p"_a.noconvert(), "seed"_a.noconvert(), "sequence"_a.noconvert(), "position"_a.noconvert(),
+           "out"_a.noconvert())
+      .def("copy_block", &Program::copy_block, "source"_a, "destination"_a)
+      .def_prop_ro("samples", &Program::samples)
+      .def_prop_ro("vocab", &Program::vocab)
+      .def_prop_ro("weight_bytes", &Program::weight_bytes)
+      .def_prop_ro("isa", [](const Program& p) { return std::string(p.isa()); })
+      .def_prop_ro("threads", &Program::threads);
+}

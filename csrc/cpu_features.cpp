@@ -1,0 +1,68 @@
+#include "cpu_features.h"
+
+#include <cstdlib>
+#include <map>
+#include <stdexcept>
+
+namespace hexad {
+namespace {
+
+struct Isa {
+  std::string name;
+  void (*fill)(Kernels&);
+  bool supported;
+};
+
+// Best first. GCC's and Clang's probe reads CPUID and checks through XGETBV that the system saves the
+// registers.
+const std::vector<Isa>& isas() {
+  static const std::vector<Isa> all = [] {
+    std::vector<Isa> list;
+#ifdef HEXAD_HAS_AVX512VNNI
+    __builtin_cpu_init();
+    list.push_back({"avx512vnni", avx512vnni::fill_kernels,
+                    __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+                        __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("fma")});
+#endif
+    list.push_back({"generic", generic::fill_kernels, true});
+    return list;
+  }();
+  return all;
+}
+
+}  // namespace
+
+const std::vector<std::string>& supported_isas() {
+  static const std::vector<std::string> names = [] {
+    std::vector<std::string> list;
+    for (const Isa& isa : isas())
+      if (isa.supported) list.push_back(isa.name);
+    return list;
+  }();
+  return names;
+}
+
+const Kernels& kernels_for(const std::string& isa) {
+  static const std::map<std::string, Kernels> tables = [] {
+    std::map<std::string, Kernels> map;
+    for (const Isa& entry : isas())
+      if (entry.supported) entry.fill(map[entry.name]);
+    return map;
+  }();
+  std::string wanted = isa;
+  if (wanted.empty()) {
+    const char* forced = std::getenv("HEXAD_ISA");
+    wanted = forced != nullptr && *forced != '\0' ? forced : supported_isas().front();
+  }
+  auto found = tables.find(wanted);
+  if (found == tables.end()) {
+    std::string known;
+    for (const std::string& name : supported_isas()) known += (known.empty() ? "" : ", ") + name;
+    throw std::invalid_argument("ISA '" + wanted + "' is not available here; this machine and build have: " +
+                                known + ". Set HEXAD_ISA to one of these or leave it unset.");
+  }
+  return found->second;
+}
+
+}  // namespace hexad

@@ -1,0 +1,58 @@
+// The kernel table: every loop that is compiled once per instruction set.
+//
+// A kernel is single-threaded, works on memory it is given and allocates nothing. Contracts stand in ops/*.h.
+// This header is read by every ISA's translation units, so it holds plain data and no inline code.
+#pragma once
+
+#include <cstdint>
+
+namespace hexad {
+
+constexpr int kPanelRows = 32;      // weight rows per packed panel: two 16-lane vectors
+constexpr int kGroup = 32;          // columns that share a scale, in weights and in activations
+constexpr int kMaxTile = 6;         // batch rows in one activation tile
+constexpr int kBlockTokens = 32;    // tokens per KV cache block
+constexpr int kSegmentBlocks = 16;  // KV blocks per attention segment: 512 keys
+
+enum class Layout : int { kW4, kW4M, kW8, kF16, kF32, kCount };
+
+struct LinearArgs;     // ops/linear.h
+struct AttentionArgs;  // ops/attention.h
+struct StoreKvArgs;    // ops/attention.h
+
+struct Kernels {
+  const char* isa;
+
+  // ops/linear.h; indexed by Layout. `quantised` multiplies int8 activation tiles, `dense` float ones.
+  void (*linear_quantised[static_cast<int>(Layout::kCount)])(const LinearArgs&);
+  void (*linear_dense[static_cast<int>(Layout::kCount)])(const LinearArgs&);
+  void (*gather_row[static_cast<int>(Layout::kCount)])(const void* panels, int64_t row, int64_t columns,
+                                                       float* out);
+
+  // ops/rows.h
+  void (*norm)(const float* x, const float* weight, float eps, int64_t n, float* out);
+  void (*quantise)(const float* x, int64_t n, int slot, int width, void* tile);
+  void (*interleave)(const float* x, int64_t n, int slot, int width, float* tile);
+  void (*rotate)(float* head, const float* cosine, const float* sine, int64_t half);
+  void (*gated_silu)(const float* gate, const float* up, int64_t n, float* out);
+  void (*add)(const float* a, const float* b, int64_t n, float* out);
+  int64_t (*argmax)(const float* x, int64_t n);
+
+  // ops/rows.h; what probes run.
+  int64_t (*read)(const void* data, int64_t bytes);
+  int64_t (*dot_rate)(int64_t iterations, int64_t* sink);
+
+  // ops/attention.h; indexed by KV dtype: 0 is f32, 1 is f16.
+  void (*attention[2])(const AttentionArgs&);
+  void (*store_kv[2])(const StoreKvArgs&);
+};
+
+// One per ISA that this build has; the only symbol its objects export beside the three parts it calls.
+namespace generic {
+void fill_kernels(Kernels& table);
+}
+namespace avx512vnni {
+void fill_kernels(Kernels& table);
+}
+
+}  // namespace hexad

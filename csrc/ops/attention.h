@@ -1,0 +1,62 @@
+// Paged attention of one KV head over one sequence, and the store into the cache that precedes it.
+//
+// Cache: [block][layer][K|V][kv head][32 tokens]. Within a (block, layer, head), K is [padded head_dim][32
+// tokens] (one query element times 32 adjacent keys needs no horizontal sum) and V is [32 tokens][padded
+// head_dim]. head_dim is padded to a multiple of 32; padding stays zero.
+//
+// Definition, the same for every tile of rows, so that prefill, chunks and decode agree bitwise:
+//   the keys 0 … p of a row at position p are cut into segments of 512; within a segment, blocks of 32 in
+//   order:
+//     s_t = Σ_d fma (scale·q_d, k_td), d ascending;  m' = max(m, max s);  c = exp(m − m');  p_t = exp(s_t −
+//     m') l ← l·c + Σp (two 16-lane halves added, then a fixed tree);  o ← fma chain over t of (p_t, v_t)
+//     from o·c
+//   segments are merged left to right with the same rescaling; the result is o / l.
+// A slot past a row's position never influences it.
+#pragma once
+
+#include <cstdint>
+
+#include "kernels.h"
+
+namespace hexad {
+
+struct AttentionArgs {
+  const float* q;    // [tokens][q_stride], the group's query heads adjacent
+  int64_t q_stride;  // floats
+  int tokens;        // query tokens in this tile
+  int group;         // query heads that share this KV head
+  int head_dim;
+  int64_t position;  // of the first query token
+  float scale;
+  const int32_t* blocks;  // block numbers of the sequence
+  const char* cache;      // start of the pool
+  int64_t block_stride;   // bytes
+  int64_t k_offset;       // bytes from a block's start to this layer's and head's K
+  int64_t v_offset;
+  float* out;          // [tokens][out_stride]
+  int64_t out_stride;  // floats
+  float* scratch;      // attention_scratch_floats(tokens · group, head_dim)
+};
+
+struct StoreKvArgs {
+  const float* k;  // [head_dim], already rotated
+  const float* v;
+  int head_dim;
+  int slot;      // token within the block
+  char* k_base;  // this block's, layer's and head's K and V
+  char* v_base;
+};
+
+constexpr int64_t padded_head_dim(int64_t head_dim) {
+  return (head_dim + 31) / 32 * 32;
+}
+
+// Rows (query tokens × heads of a group) a tile aims at: enough for register tiles, few enough for L1.
+constexpr int kAttentionRows = 48;
+
+constexpr int64_t attention_scratch_floats(int64_t rows, int64_t head_dim) {
+  int64_t padded = padded_head_dim(head_dim);
+  return rows * (padded + 32 + 2 * padded + 4) + 2 * 32 * padded + 64;
+}
+
+}  // namespace hexad

@@ -1,0 +1,124 @@
+// Row ops; compiled once per ISA. Contracts in ops/rows.h.
+
+#include "ops/rows.h"
+
+#include "ops/linear.h"
+#include "ops/table.h"
+#include "simd/simd.h"
+
+namespace hexad::HEXAD_NAMESPACE {
+namespace {
+
+void norm(const float* x, const float* weight, float eps, int64_t n, float* out) {
+  F32 squares = splat(0);
+  for (int64_t i = 0; i < n; i += 16) {
+    F32 v = load(x + i, first_lanes(n - i));
+    squares = fma(v, v, squares);
+  }
+  const float mean = sum(squares) / static_cast<float>(n);
+  const F32 factor = splat(1.0f / __builtin_sqrtf(mean + eps));
+  for (int64_t i = 0; i < n; i += 16) {
+    Mask m = first_lanes(n - i);
+    store(out + i, mul(mul(load(x + i, m), factor), load(weight + i, m)), m);
+  }
+}
+
+void quantise(const float* x, int64_t n, int slot, int width, void* tile) {
+  char* group = static_cast<char*>(tile);
+  for (int64_t i = 0; i < n; i += kGroup, group += activation_group_bytes(width)) {
+    F32 first = load(x + i), second = load(x + i + 16);
+    const float d = max_of(max(abs(first), abs(second))) / 127.0f;
+    const F32 inverse = splat(d > 0 ? 1.0f / d : 0.0f);
+    I32 q[2] = {to_int(mul(first, inverse)), to_int(mul(second, inverse))};
+    const int32_t total = sum(q[0]) + sum(q[1]);
+    int8_t bytes[kGroup];
+    store_bytes(bytes, q[0]);
+    store_bytes(bytes + 16, q[1]);
+    for (int c = 0; c < 8; ++c) __builtin_memcpy(group + (c * width + slot) * 4, bytes + 4 * c, 4);
+    float* scales = reinterpret_cast<float*>(group + width * kGroup);
+    scales[slot] = d;
+    scales[width + slot] = d * static_cast<float>(total);
+    reinterpret_cast<int32_t*>(scales + 2 * width)[slot] = -8 * total;
+  }
+}
+
+void interleave(const float* x, int64_t n, int slot, int width, float* tile) {
+  for (int64_t i = 0; i < n; ++i) tile[i * width + slot] = x[i];
+}
+
+void rotate(float* head, const float* cosine, const float* sine, int64_t half) {
+  for (int64_t i = 0; i < half; i += 16) {
+    Mask m = first_lanes(half - i);
+    F32 a = load(head + i, m), b = load(head + half + i, m);
+    F32 c = load(cosine + i, m), s = load(sine + i, m);
+    store(head + i, sub(mul(a, c), mul(b, s)), m);
+    store(head + half + i, add(mul(b, c), mul(a, s)), m);
+  }
+}
+
+void gated_silu(const float* gate, const float* up, int64_t n, float* out) {
+  for (int64_t i = 0; i < n; i += 16) {
+    Mask m = first_lanes(n - i);
+    F32 g = load(gate + i, m);
+    // e^−g is capped where the sigmoid is already below the smallest float's reach.
+    F32 sigmoid = div(splat(1.0f), add(splat(1.0f), exp(sub(splat(0), max(g, splat(-87.0f))))));
+    store(out + i, mul(mul(g, sigmoid), load(up + i, m)), m);
+  }
+}
+
+void add_rows(const float* a, const float* b, int64_t n, float* out) {
+  for (int64_t i = 0; i < n; i += 16) {
+    Mask m = first_lanes(n - i);
+    store(out + i, add(load(a + i, m), load(b + i, m)), m);
+  }
+}
+
+int64_t argmax(const float* x, int64_t n) {
+  F32 largest = splat(x[0]);
+  int64_t i = 0;
+  for (; i + 16 <= n; i += 16) largest = max(largest, load(x + i));
+  float best = max_of(largest);
+  for (; i < n; ++i) best = x[i] > best ? x[i] : best;
+  for (i = 0; i < n; ++i)
+    if (x[i] == best) return i;
+  return 0;  // only NaNs
+}
+
+int64_t read(const void* data, int64_t bytes) {
+  const char* p = static_cast<const char*>(data);
+  Quads total[4] = {load_quads(p), load_quads(p + 64), load_quads(p + 128), load_quads(p + 192)};
+  for (int64_t i = 256; i < bytes; i += 256)
+    for (int j = 0; j < 4; ++j) total[j] = either(total[j], load_quads(p + i + 64 * j));
+  return sum(byte_of(either(either(total[0], total[1]), either(total[2], total[3])), 0));
+}
+
+int64_t dot_rate(int64_t iterations, int64_t* sink) {
+  constexpr int kChains = 12;
+  int8_t bytes[4] = {1, -1, 1, -1};
+  const Quads x = splat_quad(bytes);
+  I32 acc[kChains];
+  HEXAD_UNROLL
+  for (int c = 0; c < kChains; ++c) acc[c] = splat_int(c);
+  for (int64_t i = 0; i < iterations; ++i) {
+    HEXAD_UNROLL
+    for (int c = 0; c < kChains; ++c) dot(acc[c], x, x);
+  }
+  for (int c = 0; c < kChains; ++c) *sink += sum(acc[c]);
+  return iterations * kChains * 64;
+}
+
+}  // namespace
+
+void fill_rows(Kernels& table) {
+  table.norm = norm;
+  table.quantise = quantise;
+  table.interleave = interleave;
+  table.rotate = rotate;
+  table.gated_silu = gated_silu;
+  table.add = add_rows;
+  table.argmax = argmax;
+  table.read = read;
+  table.dot_rate = dot_rate;
+}
+
+}  // namespace hexad::HEXAD_NAMESPACE

@@ -1,0 +1,29 @@
+// What differs between operating systems, in one place.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+
+namespace hexad {
+
+int64_t process_id();
+
+// Zeroed memory, 64-byte aligned, in huge pages where the system offers them; pages are touched on first use.
+// Throws std::bad_alloc.
+struct FreeMemory {
+  size_t bytes = 0;
+  void operator()(void* p) const;
+};
+template <class T>
+using Memory = std::unique_ptr<T[], FreeMemory>;
+
+void* allocate_bytes(size_t bytes);
+
+template <class T>
+Memory<T> allocate(size_t count) {
+  const size_t bytes = count * sizeof(T);
+  return Memory<T>(static_cast<T*>(allocate_bytes(bytes)), FreeMemory{bytes});
+}
+
+}  // namespace hexad

@@ -1,0 +1,386 @@
+#include "program.h"
+
+#include <algorithm>
+#include <cstring>
+#include <stdexcept>
+
+#include "cpu_features.h"
+#include "ops/attention.h"
+#include "ops/linear.h"
+#include "program_ops.h"
+
+namespace hexad {
+namespace {
+
+constexpr int64_t kLogitRows = 32;  // rows whose logits exist at a time
+
+[[noreturn]] void fail(const std::string& message) {
+  throw std::invalid_argument(message);
+}
+
+void require(bool holds, const std::string& message) {
+  if (!holds) fail(message);
+}
+
+size_t at(int64_t i) {
+  return static_cast<size_t>(i);
+}
+
+}  // namespace
+
+Program::Program(const Options& options)
+    : kernels_(kernels_for(options.isa)), options_(options), team_(options.threads) {
+  require(options.threads >= 1 && options.threads <= 1024, "threads must be between 1 and 1024");
+  require(options.max_rows >= 1 && options.max_seqs >= 1 && options.kv_blocks >= 1,
+          "limits must be positive");
+}
+
+int Program::add_weight(const std::string& stored, int64_t rows, int64_t columns) {
+  const Layout layout = packed_layout(stored_of(stored));
+  require(rows > 0 && columns > 0 && rows < (int64_t{1} << 31) && columns < (int64_t{1} << 31),
+          "a weight has between 1 and 2^31 rows and columns");
+  require(columns % group_columns(layout) == 0, "columns are no multiple of the layout's group");
+  auto w = std::make_unique<Weight>();
+  *w = Weight{layout, rows, columns, columns / group_columns(layout) * group_bytes(layout), {}};
+  w->data = allocate<char>(at(w->panels() * w->panel_bytes));
+  weights_.push_back(std::move(w));
+  return static_cast<int>(weights_.size()) - 1;
+}
+
+void Program::pack_weight(int weight, const std::string& stored_name, const uint8_t* data, int64_t bytes) {
+  const Weight& w = check_weight(weight);
+  const Stored stored = stored_of(stored_name);
+  const int64_t row_bytes = stored_row_bytes(stored, w.columns);
+  require(packed_layout(stored) == w.layout, "stored type and layout differ");
+  require(bytes == row_bytes * w.rows, "a weight has " + std::to_string(bytes) + " bytes; " +
+                                           std::to_string(row_bytes * w.rows) + " expected");
+  team_.run([&](int member) {
+    team_.loop(member, w.panels(), [&](int64_t panel) {
+      const int64_t first = panel * kPanelRows;
+      pack_panel(stored, data + first * row_bytes, std::min<int64_t>(kPanelRows, w.rows - first), w.columns,
+                 w.data.get() + panel * w.panel_bytes);
+    });
+  });
+}
+
+int Program::add_vector(const float* values, int64_t n) {
+  vectors_.emplace_back(values, values + n);
+  return static_cast<int>(vectors_.size()) - 1;
+}
+
+int Program::add_buffer(int64_t features) {
+  require(features > 0, "a buffer needs features");
+  buffers_.push_back({features, allocate<float>(at(options_.max_rows * features))});
+  return static_cast<int>(buffers_.size()) - 1;
+}
+
+int Program::add_rope(const float* inv_freq, int64_t half) {
+  require(half > 0, "a rope needs frequencies");
+  ropes_.push_back({{inv_freq, inv_freq + half}, allocate<float>(at(options_.max_rows * 2 * half))});
+  auto op = std::make_unique<RopeTableOp>();
+  op->rope = static_cast<int>(ropes_.size()) - 1;
+  add_op(std::move(op));
+  return static_cast<int>(ropes_.size()) - 1;
+}
+
+void Program::set_cache(int64_t layers, int64_t kv_heads, int64_t head_dim) {
+  require(layers > 0 && kv_heads > 0 && head_dim > 0, "a cache needs layers, heads and a head size");
+  const int64_t size = options_.kv_f16 ? 2 : 4;
+  cache_.layers = layers;
+  cache_.kv_heads = kv_heads;
+  cache_.head_dim = head_dim;
+  cache_.unit = padded_head_dim(head_dim) * kBlockTokens * size;
+  cache_.block_bytes = layers * 2 * kv_heads * cache_.unit;
+  cache_.data = allocate<char>(at(options_.kv_blocks * cache_.block_bytes));
+}
+
+int Program::check_buffer(int buffer, int64_t features, const char* what) const {
+  require(buffer >= 0 && at(buffer) < buffers_.size(), std::string(what) + ": no such buffer");
+  const int64_t has = buffers_[at(buffer)].features;
+  require(features < 0 || has == features, std::string(what) + " has " + std::to_string(has) + " features; " +
+                                               std::to_string(features) + " expected");
+  return buffer;
+}
+
+void Program::check_vector(int vector, int64_t n, const char* what) const {
+  if (vector < 0) return;
+  require(at(vector) < vectors_.size(), std::string(what) + ": no such vector");
+  const auto has = vectors_[at(vector)].size();
+  require(has == at(n), std::string(what) + " has " + std::to_string(has) + " elements; " +
+                            std::to_string(n) + " expected");
+}
+
+const Weight& Program::check_weight(int weight) const {
+  require(weight >= 0 && at(weight) < weights_.size(), "no such weight");
+  return *weights_[at(weight)];
+}
+
+void Program::add_op(std::unique_ptr<Op> op) {
+  require(!sealed_, "the program is sealed");
+  op->sampled = sampled_domain_;
+  ops_.push_back(std::move(op));
+}
+
+void Program::op_embed(int weight, int out) {
+  auto op = std::make_unique<EmbedOp>();
+  op->weight = weight;
+  op->out = check_buffer(out, check_weight(weight).columns, "embed's output");
+  vocabulary_ = this->weight(weight).rows;
+  add_op(std::move(op));
+}
+
+void Program::op_norm(int x, int weight, float eps, int out) {
+  auto op = std::make_unique<NormOp>();
+  op->x = check_buffer(x, -1, "norm's input");
+  check_vector(weight, buffer(x).features, "norm's weight");
+  op->weight = weight;
+  op->eps = eps;
+  op->out = check_buffer(out, buffer(x).features, "norm's output");
+  add_op(std::move(op));
+}
+
+void Program::op_linear(int x, int norm, float eps, std::vector<Projection> projections, Epilogue epilogue,
+                        int residual, int out) {
+  auto op = std::make_unique<LinearOp>();
+  op->x = check_buffer(x, -1, "linear's input");
+  const int64_t columns = buffer(x).features;
+  check_vector(norm, columns, "linear's norm");
+  require(!projections.empty(), "linear needs a projection");
+  int64_t features = 0;
+  for (const Projection& projection : projections) {
+    const Weight& w = check_weight(projection.weight);
+    require(w.columns == columns, "linear's weight has " + std::to_string(w.columns) + " columns; " +
+                                      std::to_string(columns) + " expected");
+    check_vector(projection.bias, w.rows, "linear's bias");
+    features += w.rows;
+  }
+  if (epilogue == Epilogue::kGated) {
+    require(
+        projections.size() == 2 && weight(projections[0].weight).rows == weight(projections[1].weight).rows,
+        "a gated linear has two projections of equal size");
+    features /= 2;
+  }
+  require(epilogue != Epilogue::kAdd || projections.size() == 1, "linear with a residual has one projection");
+  op->norm = norm;
+  op->eps = eps;
+  op->projections = std::move(projections);
+  op->epilogue = epilogue;
+  op->residual = epilogue == Epilogue::kAdd ? check_buffer(residual, features, "linear's residual") : -1;
+  op->out = check_buffer(out, features, "linear's output");
+  require(op->out != op->x, "linear cannot write its own input");
+  add_op(std::move(op));
+}
+
+void Program::op_rope(int x, int rope, int64_t head_dim, int out) {
+  auto op = std::make_unique<RopeOp>();
+  op->x = check_buffer(x, -1, "rope's input");
+  require(rope >= 0 && at(rope) < ropes_.size(), "no such rope");
+  require(head_dim > 0 && buffer(x).features % head_dim == 0 &&
+              2 * static_cast<int64_t>(ropes_[at(rope)].inv_freq.size()) <= head_dim,
+          "rope's head size does not fit");
+  op->rope = rope;
+  op->head_dim = head_dim;
+  op->out = check_buffer(out, buffer(x).features, "rope's output");
+  add_op(std::move(op));
+}
+
+void Program::op_gated(int gate, int up, int out) {
+  auto op = std::make_unique<GatedOp>();
+  op->gate = check_buffer(gate, -1, "gated's gate");
+  op->up = check_buffer(up, buffer(gate).features, "gated's up");
+  op->out = check_buffer(out, buffer(gate).features, "gated's output");
+  add_op(std::move(op));
+}
+
+void Program::op_add(int a, int b, int out) {
+  auto op = std::make_unique<AddOp>();
+  op->a = check_buffer(a, -1, "add's input");
+  op->b = check_buffer(b, buffer(a).features, "add's input");
+  op->out = check_buffer(out, buffer(a).features, "add's output");
+  add_op(std::move(op));
+}
+
+void Program::op_attention(int q, int64_t q_column, int k, int64_t k_column, int v, int64_t v_column,
+                           int rope, int64_t layer, int64_t heads, int64_t kv_heads, int64_t head_dim,
+                           float scale, int out) {
+  require(cache_.layers > 0 && layer >= 0 && layer < cache_.layers && kv_heads == cache_.kv_heads &&
+              head_dim == cache_.head_dim && heads > 0 && heads % kv_heads == 0,
+          "attention does not fit the cache");
+  auto op = std::make_unique<AttentionOp>();
+  const auto inside = [&](int value, int64_t column, int64_t count, const char* what) {
+    check_buffer(value, -1, what);
+    require(column >= 0 && column + count * head_dim <= buffer(value).features,
+            std::string(what) + " is too narrow");
+    return value;
+  };
+  op->q = inside(q, q_column, heads, "attention's query");
+  op->k = inside(k, k_column, kv_heads, "attention's key");
+  op->v = inside(v, v_column, kv_heads, "attention's value");
+  require(rope < 0 || (at(rope) < ropes_.size() &&
+                       2 * static_cast<int64_t>(ropes_[at(rope)].inv_freq.size()) <= head_dim),
+          "attention's rope does not fit");
+  op->q_column = q_column;
+  op->k_column = k_column;
+  op->v_column = v_column;
+  op->rope = rope;
+  op->layer = layer;
+  op->heads = heads;
+  op->kv_heads = kv_heads;
+  op->head_dim = head_dim;
+  op->scale = scale;
+  op->out = check_buffer(out, heads * head_dim, "attention's output");
+  require(op->out != q && op->out != k && op->out != v, "attention cannot write its own input");
+  const int tokens = std::max<int>(1, kAttentionRows / static_cast<int>(heads / kv_heads));
+  auto found =
+      std::find_if(tilings_.begin(), tilings_.end(), [&](const Tiling& t) { return t.tokens == tokens; });
+  op->tiling = static_cast<int>(found - tilings_.begin());
+  if (found == tilings_.end()) tilings_.push_back({tokens, {}});
+  add_op(std::move(op));
+}
+
+void Program::op_take_rows(int x, int out) {
+  auto op = std::make_unique<TakeRowsOp>();
+  op->x = check_buffer(x, -1, "take_rows' input");
+  op->out = check_buffer(out, buffer(x).features, "take_rows' output");
+  require(x != out && !sampled_domain_, "take_rows stands once and writes a buffer of its own");
+  sampled_domain_ = true;
+  add_op(std::move(op));
+}
+
+void Program::op_logits(int x, int norm, float eps, int weight) {
+  require(head_ == nullptr && sampled_domain_, "logits stand once, after take_rows");
+  auto op = std::make_unique<LinearOp>();
+  op->x = check_buffer(x, check_weight(weight).columns, "logits' input");
+  check_vector(norm, buffer(x).features, "logits' norm");
+  op->norm = norm;
+  op->eps = eps;
+  op->projections = {{weight, -1}};
+  op->epilogue = Epilogue::kStore;
+  op->residual = op->out = -1;
+  head_weight_ = weight;
+  head_ = std::move(op);
+}
+
+void Program::seal() {
+  require(!sealed_ && !ops_.empty(), "a program is sealed once, with ops");
+  int64_t widest = 1, rows = kMaxBlockRows + kMaxTile, attention = 1;
+  for (const Buffer& b : buffers_) widest = std::max(widest, b.features);
+  for (const auto& op : ops_)
+    if (const auto* a = dynamic_cast<const AttentionOp*>(op.get()))
+      attention = std::max(
+          attention,
+          attention_scratch_floats(std::max<int64_t>(kAttentionRows, a->heads / a->kv_heads), a->head_dim));
+  quantised_tile_bytes_ = (widest + kGroup - 1) / kGroup * activation_group_bytes(1);
+  dense_tile_bytes_ = widest * static_cast<int64_t>(sizeof(float));
+  const int64_t row_bytes = quantised_tile_bytes_ + dense_tile_bytes_;
+  tiles_ = allocate<char>(at(row_bytes * (options_.max_rows + kMaxTile)));
+  scratch_.resize(at(team_.size()));
+  for (Scratch& s : scratch_) {
+    s.row = allocate<float>(at(widest));
+    s.tile = allocate<char>(at(row_bytes * kMaxTile));
+    for (auto& out : s.out) out = allocate<float>(at(rows * kPanelRows));
+    s.strip = allocate<char>(kStripBytes);
+    s.attention = allocate<float>(at(attention));
+  }
+  if (head_) logits_tile_ = allocate<float>(at(kLogitRows * vocab()));
+  row_seq_.resize(at(options_.max_rows));
+  row_position_.resize(at(options_.max_rows));
+  sealed_ = true;
+}
+
+int64_t Program::vocab() const {
+  require(head_weight_ >= 0, "the program has no logits");
+  return weight(head_weight_).rows;
+}
+
+int64_t Program::weight_bytes() const {
+  int64_t total = 0;
+  for (const auto& w : weights_) total += w->panels() * w->panel_bytes;
+  for (const auto& v : vectors_) total += static_cast<int64_t>(v.size() * sizeof(float));
+  return total;
+}
+
+void Program::forward(const BatchView& batch) {
+  require(sealed_, "the program is not sealed");
+  require(batch.rows >= 1 && batch.rows <= options_.max_rows,
+          "a step of " + std::to_string(batch.rows) + " rows; 1 to " + std::to_string(options_.max_rows) +
+              " are planned for");
+  require(batch.seqs >= 1 && batch.seqs <= options_.max_seqs && batch.samples <= batch.rows,
+          "more sequences or sample rows than planned for");
+  require(batch.row_starts[0] == 0 && batch.row_starts[batch.seqs] == batch.rows,
+          "row_starts do not cover the rows");
+  for (int64_t i = 0; i < batch.rows && vocabulary_ > 0; ++i)
+    require(batch.tokens[i] >= 0 && batch.tokens[i] < vocabulary_,
+            "token " + std::to_string(batch.tokens[i]) + " is outside the vocabulary of " +
+                std::to_string(vocabulary_));
+  for (Tiling& tiling : tilings_) tiling.tiles.clear();
+  for (int64_t s = 0; s < batch.seqs; ++s) {
+    const int32_t begin = batch.row_starts[s], end = batch.row_starts[s + 1];
+    require(begin < end && batch.starts[s] >= 0, "a sequence without rows or before position 0");
+    const int64_t last = int64_t{batch.starts[s]} + end - begin - 1;
+    require(last / kBlockTokens < batch.table_width, "a block table is too short for its sequence");
+    for (int64_t b = 0; b <= last / kBlockTokens; ++b) {
+      const int32_t block = batch.block_tables[s * batch.table_width + b];
+      require(block >= 0 && block < options_.kv_blocks,
+              "KV block " + std::to_string(block) + " does not exist");
+    }
+    for (int32_t row = begin; row < end; ++row) {
+      row_seq_[at(row)] = static_cast<int32_t>(s);
+      row_position_[at(row)] = batch.starts[s] + row - begin;
+    }
+    for (Tiling& tiling : tilings_)
+      for (int32_t row = begin; row < end; row += tiling.tokens)
+        tiling.tiles.push_back({static_cast<int32_t>(s), row, std::min(tiling.tokens, end - row)});
+  }
+  for (int64_t i = 0; i < batch.samples; ++i)
+    require(batch.sample_rows[i] >= 0 && batch.sample_rows[i] < batch.rows &&
+                (i == 0 || batch.sample_rows[i] > batch.sample_rows[i - 1]),
+            "sample rows are not ascending rows of the batch");
+  batch_ = batch;
+  samples_ = batch.samples;
+  run_ops(0, ops_.size());
+  batch_ = {};
+}
+
+void Program::run_ops(size_t first, size_t last) {
+  team_.run([&](int member) {
+    for (size_t i = first; i < last; ++i)
+      ops_[i]->run(*this, member, 0, ops_[i]->sampled ? batch_.samples : batch_.rows);
+  });
+}
+
+void Program::run_logits(int64_t begin, int64_t rows, float* out) {
+  auto* head = static_cast<LinearOp*>(head_.get());
+  head->head_out = out;
+  team_.run([&](int member) { head->run(*this, member, begin, rows); });
+}
+
+void Program::logits(float* out) {
+  require(head_ != nullptr, "the program has no logits");
+  for (int64_t begin = 0; begin < samples_; begin += kLogitRows)
+    run_logits(begin, std::min(kLogitRows, samples_ - begin), out + begin * vocab());
+}
+
+void Program::sample(const SampleParams* params, int32_t* tokens) {
+  require(head_ != nullptr, "the program has no logits");
+  for (int64_t begin = 0; begin < samples_; begin += kLogitRows) {
+    const int64_t rows = std::min(kLogitRows, samples_ - begin);
+    run_logits(begin, rows, logits_tile_.get());
+    team_.run([&](int member) {
+      team_.loop(member, rows, [&](int64_t i) {
+        tokens[begin + i] = sample_token(kernels_, logits_tile_.get() + i * vocab(), vocab(),
+                                         params[begin + i], scratch_[at(member)].candidates);
+      });
+    });
+  }
+}
+
+void Program::copy_block(int64_t from, int64_t to) {
+  require(from >= 0 && from < options_.kv_blocks && to >= 0 && to < options_.kv_blocks,
+          "KV block out of range");
+  if (from != to)
+    std::memcpy(cache_.data.get() + to * cache_.block_bytes, cache_.data.get() + from * cache_.block_bytes,
+                at(cache_.block_bytes));
+}
+
+}  // namespace hexad

@@ -1,0 +1,184 @@
+// A compiled graph: a flat list of ops over buffers planned once, with its packed weights and KV cache.
+//
+// Build it op by op (backends/cpu lowers a graph to these calls), then `forward` runs all ops up to the
+// logits over a ragged batch, and `logits` or `sample` finish the wanted rows in tiles of at most 32.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "formats/pack.h"
+#include "kernels.h"
+#include "platform.h"
+#include "sampler.h"
+#include "thread_team.h"
+
+namespace hexad {
+
+struct Options {
+  std::string isa;  // empty: the best here
+  int threads = 1;
+  bool quantised = true;  // multiply quantised weights with int8 activations
+  bool kv_f16 = true;
+  int64_t max_rows = 1;
+  int64_t max_seqs = 1;
+  int64_t kv_blocks = 1;
+};
+
+// One step's input; see backends/backend.py. Pointers need to live for the call only.
+struct BatchView {
+  const int32_t* tokens;
+  int64_t rows;
+  const int32_t* row_starts;
+  const int32_t* starts;
+  int64_t seqs;
+  const int32_t* block_tables;
+  int64_t table_width;
+  const int32_t* sample_rows;
+  int64_t samples;
+};
+
+struct Weight {
+  Layout layout;
+  int64_t rows, columns;
+  int64_t panel_bytes;
+  Memory<char> data;
+
+  int64_t panels() const { return (rows + kPanelRows - 1) / kPanelRows; }
+  const char* panel(int64_t i) const { return data.get() + i * panel_bytes; }
+};
+
+// Float rows [max_rows][features].
+struct Buffer {
+  int64_t features;
+  Memory<float> data;
+  float* row(int64_t i) const { return data.get() + i * features; }
+};
+
+struct Projection {
+  int weight;
+  int bias;  // vector, or −1
+};
+
+enum class Epilogue { kStore, kAdd, kGated };
+
+class Program;
+
+// Per-member working memory, sized when the program is sealed.
+struct Scratch {
+  Memory<float> row;     // one normed row
+  Memory<char> tile;     // one activation tile of each kind
+  Memory<float> out[2];  // kernel output for a block of rows × one panel
+  Memory<char> strip;    // kStripBytes
+  Memory<float> attention;
+  std::vector<Candidate> candidates;
+};
+
+class Op {
+ public:
+  virtual ~Op() = default;
+  // Runs on every member of the team. `begin`, `rows`: the rows of the op's domain to compute.
+  virtual void run(Program& program, int member, int64_t begin, int64_t rows) = 0;
+  bool sampled = false;  // its rows are the batch's sample rows, not all its tokens
+};
+
+class Program {
+ public:
+  explicit Program(const Options& options);
+
+  // Building. Each returns the number later calls name it by; std::invalid_argument for what does not fit.
+  int add_weight(const std::string& stored, int64_t rows, int64_t columns);
+  void pack_weight(int weight, const std::string& stored, const uint8_t* data, int64_t bytes);
+  int add_vector(const float* values, int64_t n);
+  int add_buffer(int64_t features);
+  int add_rope(const float* inv_freq, int64_t half);
+  void set_cache(int64_t layers, int64_t kv_heads, int64_t head_dim);
+
+  void op_embed(int weight, int out);
+  void op_norm(int x, int weight, float eps, int out);
+  void op_linear(int x, int norm, float eps, std::vector<Projection> projections, Epilogue epilogue,
+                 int residual, int out);
+  void op_rope(int x, int rope, int64_t head_dim, int out);
+  void op_gated(int gate, int up, int out);
+  void op_add(int a, int b, int out);
+  void op_attention(int q, int64_t q_column, int k, int64_t k_column, int v, int64_t v_column, int rope,
+                    int64_t layer, int64_t heads, int64_t kv_heads, int64_t head_dim, float scale, int out);
+  void op_take_rows(int x, int out);
+  void op_logits(int x, int norm, float eps, int weight);
+  void seal();
+
+  // Running: one call at a time.
+  void forward(const BatchView& batch);
+  void logits(float* out);
+  void sample(const SampleParams* params, int32_t* tokens);
+  void copy_block(int64_t from, int64_t to);
+
+  int64_t samples() const { return samples_; }
+  int64_t vocab() const;
+  int64_t weight_bytes() const;
+  const char* isa() const { return kernels_.isa; }
+  int threads() const { return team_.size(); }
+
+  // For the ops.
+  struct Rope {
+    std::vector<float> inv_freq;
+    Memory<float> table;  // [max_rows][2][half]: cosines, then sines
+  };
+  struct QueryTile {
+    int32_t seq, row, tokens;
+  };
+  // The batch cut into runs of at most `tokens` rows of one sequence.
+  struct Tiling {
+    int tokens;
+    std::vector<QueryTile> tiles;
+  };
+  struct Cache {
+    int64_t layers = 0, kv_heads = 0, head_dim = 0, unit = 0, block_bytes = 0;  // unit: bytes of one head's K
+    Memory<char> data;
+    int64_t k_offset(int64_t layer, int64_t head) const { return ((layer * 2) * kv_heads + head) * unit; }
+    int64_t v_offset(int64_t layer, int64_t head) const { return ((layer * 2 + 1) * kv_heads + head) * unit; }
+  };
+
+  const Kernels& kernels_;
+  const Options options_;
+  ThreadTeam team_;
+  std::vector<std::unique_ptr<Weight>> weights_;
+  std::vector<std::vector<float>> vectors_;
+  std::vector<Buffer> buffers_;
+  std::vector<Rope> ropes_;
+  std::vector<Tiling> tilings_;
+  Cache cache_;
+  std::vector<Scratch> scratch_;
+  Memory<char> tiles_;  // activation tiles shared by the team: quantised, then dense
+  int64_t quantised_tile_bytes_ = 0, dense_tile_bytes_ = 0;  // room per row, largest over all ops
+  BatchView batch_{};
+  std::vector<int32_t> row_seq_, row_position_;
+
+  const float* vector(int i) const { return i < 0 ? nullptr : vectors_[static_cast<size_t>(i)].data(); }
+  Buffer& buffer(int i) { return buffers_[static_cast<size_t>(i)]; }
+  const Weight& weight(int i) const { return *weights_[static_cast<size_t>(i)]; }
+  bool quantises(const Weight& w) const {
+    return options_.quantised && w.layout != Layout::kF16 && w.layout != Layout::kF32;
+  }
+
+ private:
+  int check_buffer(int buffer, int64_t features, const char* what) const;
+  void check_vector(int vector, int64_t n, const char* what) const;
+  const Weight& check_weight(int weight) const;
+  void run_ops(size_t first, size_t last);
+  void run_logits(int64_t begin, int64_t rows, float* out);
+  void add_op(std::unique_ptr<Op> op);
+
+  std::vector<std::unique_ptr<Op>> ops_;
+  std::unique_ptr<Op> head_;
+  int head_weight_ = -1;
+  Memory<float> logits_tile_;
+  int64_t samples_ = 0;
+  int64_t vocabulary_ = 0;  // rows of the embedding table
+  bool sampled_domain_ = false, sealed_ = false;
+};
+
+}  // namespace hexad

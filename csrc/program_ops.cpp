@@ -1,0 +1,280 @@
+#include "program_ops.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "ops/attention.h"
+#include "ops/linear.h"
+
+namespace hexad {
+namespace {
+
+size_t at(int64_t i) {
+  return static_cast<size_t>(i);
+}
+
+// Activations of a block of rows should stay in a core's own cache while panel after panel passes over them.
+constexpr int64_t kBlockBytes = 384 * 1024;
+
+}  // namespace
+
+void EmbedOp::run(Program& p, int member, int64_t begin, int64_t rows) {
+  const Weight& w = p.weight(weight);
+  const auto gather = p.kernels_.gather_row[static_cast<int>(w.layout)];
+  p.team_.loop(member, rows, [&](int64_t i) {
+    gather(w.data.get(), p.batch_.tokens[begin + i], w.columns, p.buffer(out).row(begin + i));
+  });
+}
+
+void NormOp::run(Program& p, int member, int64_t begin, int64_t rows) {
+  p.team_.loop(member, rows, [&](int64_t i) {
+    p.kernels_.norm(p.buffer(x).row(begin + i), p.vector(weight), eps, p.buffer(x).features,
+                    p.buffer(out).row(begin + i));
+  });
+}
+
+struct LinearOp::Work {
+  int64_t begin, rows, columns;
+  int width;
+  int64_t tiles;
+  int64_t quantised_stride, dense_stride;  // bytes per tile; 0 where that kind is not needed
+  char* quantised;
+  char* dense;
+};
+
+void LinearOp::run(Program& p, int member, int64_t begin, int64_t rows) {
+  if (rows == 0) return;
+  Work work{};
+  work.begin = begin;
+  work.rows = rows;
+  work.columns = p.buffer(x).features;
+  // Tiles of equal width: 7 rows are 4 + 3, not 6 + 1.
+  work.tiles = (rows + kMaxTile - 1) / kMaxTile;
+  work.width = static_cast<int>((rows + work.tiles - 1) / work.tiles);
+  work.tiles = (rows + work.width - 1) / work.width;
+  for (const Projection& projection : projections) {
+    if (p.quantises(p.weight(projection.weight)))
+      work.quantised_stride = work.columns / kGroup * activation_group_bytes(work.width);
+    else
+      work.dense_stride = work.columns * work.width * static_cast<int64_t>(sizeof(float));
+  }
+
+  if (work.tiles == 1) {
+    // One tile: every member makes its own copy, which is cheaper than meeting at a barrier.
+    work.quantised = p.scratch_[at(member)].tile.get();
+    work.dense = work.quantised + p.quantised_tile_bytes_ * kMaxTile;
+    prepare(p, work, member, 0);
+  } else {
+    work.quantised = p.tiles_.get();
+    work.dense = work.quantised + p.quantised_tile_bytes_ * (p.options_.max_rows + kMaxTile);
+    p.team_.loop(member, work.tiles, [&](int64_t tile) { prepare(p, work, member, tile); });
+  }
+
+  int64_t units = 0;
+  for (const Projection& projection : projections) units += p.weight(projection.weight).panels();
+  if (epilogue == Epilogue::kGated) units /= 2;
+  const int64_t tile_bytes = std::max(work.quantised_stride, work.dense_stride);
+  const int64_t most = std::clamp<int64_t>(kBlockBytes / tile_bytes, 8, kMaxBlockRows / work.width);
+  const int64_t blocks = (work.tiles + most - 1) / most, per_block = (work.tiles + blocks - 1) / blocks;
+  p.team_.loop(member, blocks * units, [&](int64_t task) {
+    const int64_t tile = task / units * per_block;
+    finish(p, work, member, task % units, tile, std::min(per_block, work.tiles - tile));
+  });
+}
+
+void LinearOp::prepare(Program& p, const Work& work, int member, int64_t tile) const {
+  char* quantised = work.quantised + tile * work.quantised_stride;
+  char* dense = work.dense + tile * work.dense_stride;
+  const int64_t first = tile * work.width, count = std::min<int64_t>(work.width, work.rows - first);
+  if (count < work.width) {
+    std::memset(quantised, 0, at(work.quantised_stride));
+    std::memset(dense, 0, at(work.dense_stride));
+  }
+  for (int slot = 0; slot < count; ++slot) {
+    const float* row = p.buffer(x).row(work.begin + first + slot);
+    if (norm >= 0) {
+      float* normed = p.scratch_[at(member)].row.get();
+      p.kernels_.norm(row, p.vector(norm), eps, work.columns, normed);
+      row = normed;
+    }
+    if (work.quantised_stride) p.kernels_.quantise(row, work.columns, slot, work.width, quantised);
+    if (work.dense_stride)
+      p.kernels_.interleave(row, work.columns, slot, work.width, reinterpret_cast<float*>(dense));
+  }
+}
+
+const float* LinearOp::multiply(Program& p, const Work& work, int member, const Weight& w, int64_t panel,
+                                int64_t tile, int64_t tile_count, int slot) const {
+  Scratch& scratch = p.scratch_[at(member)];
+  const bool quantised = p.quantises(w);
+  const int64_t stride = quantised ? work.quantised_stride : work.dense_stride;
+  LinearArgs args{};
+  args.panel = w.panel(panel);
+  args.columns = work.columns;
+  args.tiles = (quantised ? work.quantised : work.dense) + tile * stride;
+  args.tile_stride = stride;
+  args.tile_count = static_cast<int>(tile_count);
+  args.width = work.width;
+  args.out = scratch.out[slot].get();
+  args.scratch = scratch.strip.get();
+  (quantised ? p.kernels_.linear_quantised : p.kernels_.linear_dense)[static_cast<int>(w.layout)](args);
+  return args.out;
+}
+
+void LinearOp::finish(Program& p, const Work& work, int member, int64_t unit, int64_t tile,
+                      int64_t tile_count) const {
+  const int64_t first = tile * work.width, count = std::min(tile_count * work.width, work.rows - first);
+  // Which projection the unit falls into, and the output column where that projection begins.
+  size_t index = 0;
+  int64_t panel = unit, column = 0;
+  while (epilogue != Epilogue::kGated && panel >= p.weight(projections[index].weight).panels()) {
+    const Weight& passed = p.weight(projections[index++].weight);
+    panel -= passed.panels();
+    column += passed.rows;
+  }
+  const Weight& w = p.weight(projections[index].weight);
+  const int64_t valid = std::min<int64_t>(kPanelRows, w.rows - panel * kPanelRows);
+  column += panel * kPanelRows;
+
+  float* product = const_cast<float*>(multiply(p, work, member, w, panel, tile, tile_count, 0));
+  const auto add_bias = [&](const Projection& projection, float* rows) {
+    if (projection.bias < 0) return;
+    const float* bias = p.vector(projection.bias) + panel * kPanelRows;
+    for (int64_t i = 0; i < count; ++i)
+      p.kernels_.add(rows + i * kPanelRows, bias, valid, rows + i * kPanelRows);
+  };
+  add_bias(projections[index], product);
+
+  float* to = head_out ? head_out + first * w.rows : p.buffer(out).row(work.begin + first);
+  const int64_t stride = head_out ? w.rows : p.buffer(out).features;
+  switch (epilogue) {
+    case Epilogue::kStore:
+      for (int64_t i = 0; i < count; ++i)
+        std::memcpy(to + i * stride + column, product + i * kPanelRows, at(valid) * sizeof(float));
+      break;
+    case Epilogue::kAdd:
+      for (int64_t i = 0; i < count; ++i)
+        p.kernels_.add(p.buffer(residual).row(work.begin + first + i) + column, product + i * kPanelRows,
+                       valid, to + i * stride + column);
+      break;
+    case Epilogue::kGated: {
+      float* up = const_cast<float*>(
+          multiply(p, work, member, p.weight(projections[1].weight), panel, tile, tile_count, 1));
+      add_bias(projections[1], up);
+      for (int64_t i = 0; i < count; ++i)
+        p.kernels_.gated_silu(product + i * kPanelRows, up + i * kPanelRows, valid, to + i * stride + column);
+      break;
+    }
+  }
+}
+
+void RopeTableOp::run(Program& p, int member, int64_t begin, int64_t rows) {
+  const Program::Rope& table = p.ropes_[at(rope)];
+  const int64_t half = static_cast<int64_t>(table.inv_freq.size());
+  p.team_.loop(member, rows, [&](int64_t i) {
+    float* to = table.table.get() + (begin + i) * 2 * half;
+    const float position = static_cast<float>(p.row_position_[at(begin + i)]);
+    for (int64_t j = 0; j < half; ++j) {
+      const float angle = position * table.inv_freq[at(j)];
+      to[j] = std::cos(angle);
+      to[half + j] = std::sin(angle);
+    }
+  });
+}
+
+namespace {
+
+void rotate_heads(Program& p, int rope, int64_t row, float* x, int64_t heads, int64_t head_dim) {
+  const Program::Rope& table = p.ropes_[at(rope)];
+  const int64_t half = static_cast<int64_t>(table.inv_freq.size());
+  const float* cosine = table.table.get() + row * 2 * half;
+  for (int64_t h = 0; h < heads; ++h) p.kernels_.rotate(x + h * head_dim, cosine, cosine + half, half);
+}
+
+}  // namespace
+
+void RopeOp::run(Program& p, int member, int64_t begin, int64_t rows) {
+  const int64_t features = p.buffer(x).features;
+  p.team_.loop(member, rows, [&](int64_t i) {
+    float* to = p.buffer(out).row(begin + i);
+    if (x != out) std::memcpy(to, p.buffer(x).row(begin + i), at(features) * sizeof(float));
+    rotate_heads(p, rope, begin + i, to, features / head_dim, head_dim);
+  });
+}
+
+void GatedOp::run(Program& p, int member, int64_t begin, int64_t rows) {
+  p.team_.loop(member, rows, [&](int64_t i) {
+    p.kernels_.gated_silu(p.buffer(gate).row(begin + i), p.buffer(up).row(begin + i), p.buffer(gate).features,
+                          p.buffer(out).row(begin + i));
+  });
+}
+
+void AddOp::run(Program& p, int member, int64_t begin, int64_t rows) {
+  p.team_.loop(member, rows, [&](int64_t i) {
+    p.kernels_.add(p.buffer(a).row(begin + i), p.buffer(b).row(begin + i), p.buffer(a).features,
+                   p.buffer(out).row(begin + i));
+  });
+}
+
+void AttentionOp::run(Program& p, int member, int64_t begin, int64_t rows) {
+  const Program::Cache& cache = p.cache_;
+  const BatchView& batch = p.batch_;
+  const int dtype = p.options_.kv_f16 ? 1 : 0;
+  p.team_.loop(member, rows, [&](int64_t i) {
+    const int64_t row = begin + i, position = p.row_position_[at(row)];
+    float* keys = p.buffer(k).row(row) + k_column;
+    const float* values = p.buffer(v).row(row) + v_column;
+    if (rope >= 0) {
+      rotate_heads(p, rope, row, p.buffer(q).row(row) + q_column, heads, head_dim);
+      rotate_heads(p, rope, row, keys, kv_heads, head_dim);
+    }
+    const int64_t block =
+        batch.block_tables[p.row_seq_[at(row)] * batch.table_width + position / kBlockTokens];
+    char* base = cache.data.get() + block * cache.block_bytes;
+    for (int64_t h = 0; h < kv_heads; ++h) {
+      StoreKvArgs args{};
+      args.k = keys + h * head_dim;
+      args.v = values + h * head_dim;
+      args.head_dim = static_cast<int>(head_dim);
+      args.slot = static_cast<int>(position % kBlockTokens);
+      args.k_base = base + cache.k_offset(layer, h);
+      args.v_base = base + cache.v_offset(layer, h);
+      p.kernels_.store_kv[dtype](args);
+    }
+  });
+
+  const std::vector<Program::QueryTile>& tiles = p.tilings_[at(tiling)].tiles;
+  const int64_t group = heads / kv_heads;
+  p.team_.loop(member, static_cast<int64_t>(tiles.size()) * kv_heads, [&](int64_t task) {
+    const Program::QueryTile& tile = tiles[at(task / kv_heads)];
+    const int64_t head = task % kv_heads;
+    AttentionArgs args{};
+    args.q = p.buffer(q).row(tile.row) + q_column + head * group * head_dim;
+    args.q_stride = p.buffer(q).features;
+    args.tokens = tile.tokens;
+    args.group = static_cast<int>(group);
+    args.head_dim = static_cast<int>(head_dim);
+    args.position = p.row_position_[at(tile.row)];
+    args.scale = scale;
+    args.blocks = batch.block_tables + tile.seq * batch.table_width;
+    args.cache = cache.data.get();
+    args.block_stride = cache.block_bytes;
+    args.k_offset = cache.k_offset(layer, head);
+    args.v_offset = cache.v_offset(layer, head);
+    args.out = p.buffer(out).row(tile.row) + head * group * head_dim;
+    args.out_stride = p.buffer(out).features;
+    args.scratch = p.scratch_[at(member)].attention.get();
+    p.kernels_.attention[dtype](args);
+  });
+}
+
+void TakeRowsOp::run(Program& p, int member, int64_t begin, int64_t rows) {
+  const int64_t features = p.buffer(x).features;
+  p.team_.loop(member, rows, [&](int64_t i) {
+    std::memcpy(p.buffer(out).row(begin + i), p.buffer(x).row(p.batch_.sample_rows[begin + i]),
+                at(features) * sizeof(float));
+  });
+}
+
+}  // namespace hexad

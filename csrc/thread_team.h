@@ -1,0 +1,74 @@
+// The only owner of threads: a team that runs one function on every member, with loops and barriers inside
+// it.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+namespace hexad {
+
+// The caller is member 0. Waiting members spin for at most 50 µs and then sleep. After a fork the child
+// builds its own members at the next run.
+class ThreadTeam {
+ public:
+  explicit ThreadTeam(int size);
+  ~ThreadTeam();
+  ThreadTeam(const ThreadTeam&) = delete;
+  ThreadTeam& operator=(const ThreadTeam&) = delete;
+
+  int size() const { return size_; }
+
+  // Runs body(member) on every member and returns when all have; runs are serialised. `body` must not throw.
+  void run(const std::function<void(int)>& body);
+
+  // Inside run, called by every member with the same n: calls body(i) once for each i in [0, n), then meets
+  // at a barrier. Members start on contiguous shares, so memory is walked in order, and take from others'
+  // shares once their own is done; who does what never changes a result.
+  template <class F>
+  void loop(int member, int64_t n, F&& body) {
+    Cursors& cursors = cursors_[parity(member)];
+    for (int i = 0; i < size_; ++i) {
+      const int victim = member + i < size_ ? member + i : member + i - size_;
+      const int64_t begin = n * victim / size_, end = n * (victim + 1) / size_;
+      if (begin == end) continue;
+      for (int64_t k; (k = begin + cursors[victim].taken.fetch_add(1, std::memory_order_relaxed)) < end;)
+        body(k);
+    }
+    barrier(member);
+  }
+
+  // Inside run: waits for all members.
+  void barrier(int member);
+
+ private:
+  struct alignas(64) Cursor {
+    std::atomic<int64_t> taken{0};
+  };
+  using Cursors = std::unique_ptr<Cursor[]>;
+  struct alignas(64) Count {
+    uint32_t barriers = 0;  // this member's; its parity picks the cursors in use
+  };
+
+  int parity(int member) const { return counts_[member].barriers & 1; }
+  void start();
+  void work(int member, uint32_t seen);
+
+  const int size_;
+  std::vector<std::thread> threads_;
+  std::mutex run_mutex_;
+  int64_t process_ = 0;
+  bool stop_ = false;
+  const std::function<void(int)>* body_ = nullptr;
+  Cursors cursors_[2];
+  std::unique_ptr<Count[]> counts_;
+  alignas(64) std::atomic<uint32_t> arrived_{0};
+  alignas(64) std::atomic<uint32_t> generation_{0};
+  alignas(64) std::atomic<uint32_t> job_{0};
+};
+
+}  // namespace hexad

@@ -1,0 +1,97 @@
+"""The contract between a compiled model and whoever runs it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hexad.graph import Graph
+from hexad.weights import Weight
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Sizes an executable plans its buffers for.
+
+    max_rows: most tokens in one step. max_seqs: most sequences in one step. max_model_len: longest sequence.
+    kv_blocks: number of KV cache blocks of 32 tokens.
+    """
+
+    max_rows: int
+    max_seqs: int
+    max_model_len: int
+    kv_blocks: int
+
+
+@dataclass(frozen=True, slots=True)
+class CompileOptions:
+    """How numbers are computed and stored; see EngineConfig. threads: None takes what the machine allows."""
+
+    compute: Literal["int8", "float"] = "int8"
+    kv_dtype: Literal["f32", "f16"] = "f16"
+    threads: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """The ragged arrays of one step, all int32 and C-contiguous.
+
+    tokens [rows]: the tokens to compute, sequence after sequence.
+    row_starts [seqs + 1]: sequence s has rows row_starts[s] … row_starts[s+1] − 1.
+    starts [seqs]: position of each sequence's first row; its earlier positions are in the KV cache.
+    block_tables [seqs, width]: KV block numbers of each sequence, padded with −1.
+    sample_rows [n]: rows whose logits are wanted, ascending.
+    """
+
+    tokens: NDArray[np.int32]
+    row_starts: NDArray[np.int32]
+    starts: NDArray[np.int32]
+    block_tables: NDArray[np.int32]
+    sample_rows: NDArray[np.int32]
+
+
+@dataclass(frozen=True, slots=True)
+class SampleBatch:
+    """Sampling parameters, one entry per sample row; see SamplingParams and SampleSpec.
+
+    temperature, top_p, min_p: float32. top_k: int32, ≤ 0 keeps all. seed: uint64. sequence, position: uint32.
+    """
+
+    temperature: NDArray[np.float32]
+    top_k: NDArray[np.int32]
+    top_p: NDArray[np.float32]
+    min_p: NDArray[np.float32]
+    seed: NDArray[np.uint64]
+    sequence: NDArray[np.uint32]
+    position: NDArray[np.uint32]
+
+
+class Executable(Protocol):
+    """A compiled graph with its KV cache. Not re-entrant: one call at a time."""
+
+    def forward(self, batch: Batch) -> None:
+        """Computes all rows, writes their KV, and keeps what the wanted logits need."""
+
+    def sample(self, params: SampleBatch) -> NDArray[np.int32]:
+        """One token per sample row of the last forward, int32 [n]."""
+
+    def logits(self) -> NDArray[np.float32]:
+        """The logits of the last forward's sample rows, float32 [n, vocab]."""
+
+    def copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:
+        """Copies whole KV blocks, (source, destination) in order."""
+
+
+class Backend(Protocol):
+    """Turns a graph into an executable."""
+
+    name: str
+
+    def compile(
+        self, graph: Graph, weights: Mapping[str, Weight], options: CompileOptions, limits: Limits
+    ) -> Executable:
+        """Packs the weights and plans the buffers. Raises BackendError for what it cannot run."""

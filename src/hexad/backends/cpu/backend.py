@@ -1,0 +1,107 @@
+"""CpuBackend: packs the weights, lowers the graph to a native program, and runs it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hexad import _native
+from hexad.backends.backend import Batch, CompileOptions, Limits, SampleBatch
+from hexad.backends.cpu.layouts import layout_of
+from hexad.backends.cpu.lower import lower, plan_buffers
+from hexad.errors import BackendError
+from hexad.graph import Graph
+from hexad.placement.hardware import cpu_count
+from hexad.weights import Weight
+
+T = TypeVar("T")
+
+
+class CpuBackend:
+    """Implements `Backend`. isa: kernels to use, one of `_native.isas()`; None takes the best (or HEXAD_ISA)."""
+
+    name = "cpu"
+
+    def __init__(self, isa: str | None = None) -> None:
+        self.isa = isa
+
+    def compile(
+        self, graph: Graph, weights: Mapping[str, Weight], options: CompileOptions, limits: Limits
+    ) -> CpuExecutable:
+        """Allocates buffers and cache, packs every weight once. Raises BackendError for what it cannot run."""
+        program = _checked(
+            lambda: _native.Program(
+                isa=self.isa or "",
+                threads=options.threads or cpu_count(),
+                quantised=options.compute == "int8",
+                kv_f16=options.kv_dtype == "f16",
+                max_rows=limits.max_rows,
+                max_seqs=limits.max_seqs,
+                kv_blocks=limits.kv_blocks,
+            )
+        )
+        _checked(lambda: lower(graph, weights, program))
+        return CpuExecutable(program)
+
+    def workspace_bytes(self, graph: Graph, limits: Limits) -> int:
+        """What a program takes beside weights and KV cache: value buffers, activation tiles, 32 rows of logits."""
+        buffers = plan_buffers(graph)
+        widest = max(buffers.features, default=0)
+        per_row = 4 * sum(buffers.features) + widest * (4 + 44 / 32)
+        return int(limits.max_rows * per_row) + 32 * 4 * graph.vocab_size
+
+
+class CpuExecutable:
+    """Implements `Executable` over one native program."""
+
+    def __init__(self, program: _native.Program) -> None:
+        self.program = program
+
+    def forward(self, batch: Batch) -> None:
+        """See `Executable`. Raises BackendError where the batch contradicts itself or the limits."""
+        _checked(
+            lambda: self.program.forward(
+                batch.tokens, batch.row_starts, batch.starts, batch.block_tables, batch.sample_rows
+            )
+        )
+
+    def logits(self) -> NDArray[np.float32]:
+        """float32 [n, vocab]."""
+        out = np.empty((self.program.samples, self.program.vocab), np.float32)
+        _checked(lambda: self.program.logits(out))
+        return out
+
+    def sample(self, params: SampleBatch) -> NDArray[np.int32]:
+        """One token per sample row of the last forward, int32 [n]."""
+        out = np.empty(self.program.samples, np.int32)
+        _checked(
+            lambda: self.program.sample(
+                params.temperature, params.top_k, params.top_p, params.min_p,
+                params.seed, params.sequence, params.position, out,
+            )
+        )  # fmt: skip
+        return out
+
+    def copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:
+        """Copies whole KV blocks, (source, destination) in order."""
+        for source, destination in copies:
+            _checked(lambda s=source, d=destination: self.program.copy_block(s, d))  # type: ignore[misc]
+
+
+def kernel_of(weight: Weight, compute: str, isa: str) -> str:
+    """What multiplies a matrix, for people: e.g. "int8 · avx512vnni"."""
+    layout = layout_of(weight)
+    arithmetic = "int8" if layout.quantised and compute == "int8" else "float"
+    expanded = "" if layout.name != "f32" or weight.format.name == "F32" else f", expanded from {weight.format.name}"
+    return f"{arithmetic} · {isa}{expanded}"
+
+
+def _checked(call: Callable[[], T]) -> T:
+    """The native core speaks in ValueError and TypeError; its callers in BackendError."""
+    try:
+        return call()
+    except (ValueError, TypeError) as error:
+        raise BackendError(f"The CPU backend refused: {error}") from error

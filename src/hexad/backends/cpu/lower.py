@@ -1,0 +1,208 @@
+"""lower: turns a graph into calls that build a native program, with its buffers planned by liveness."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from hexad import _native
+from hexad.backends.cpu.layouts import layout_of
+from hexad.errors import BackendError
+from hexad.graph import Graph, Node, RopeSpec
+from hexad.weights import Weight
+
+
+@dataclass(frozen=True, slots=True)
+class Buffers:
+    """features[i]: width of buffer i. of_value[v]: the buffer value v lies in; None for the logits.
+
+    shared: values whose buffer may not be rotated in place, because another op reads them too.
+    """
+
+    features: list[int]
+    of_value: list[int | None]
+    shared: frozenset[int]
+
+
+def plan_buffers(graph: Graph) -> Buffers:
+    """Gives every value a buffer; one is used again once its value's last reader is done.
+
+    An op that adds to its residual element by element may write where it read, so the residual stream stays
+    in one place. Nothing else writes its own input.
+    """
+    readers: list[list[int]] = [[] for _ in graph.nodes]
+    for place, node in enumerate(graph.nodes):
+        for value in dict.fromkeys(node.inputs):
+            readers[value].append(place)
+    features: list[int] = []
+    free: list[int] = []
+    of_value: list[int | None] = []
+    for place, node in enumerate(graph.nodes):
+        dying = [v for v in dict.fromkeys(node.inputs) if readers[v][-1] == place]
+        residual = _residual(node)
+        chosen: int | None = None
+        if node.op not in ("logits", "fused_logits"):
+            if residual is not None and residual in dying:
+                chosen = of_value[residual]
+                dying.remove(residual)
+            else:
+                chosen = next((b for b in free if features[b] == node.features), None)
+                if chosen is None:
+                    chosen = len(features)
+                    features.append(node.features)
+                else:
+                    free.remove(chosen)
+        of_value.append(chosen)
+        free += [buffer for v in dying if (buffer := of_value[v]) is not None]
+    shared = frozenset(value for value, users in enumerate(readers) if len(users) > 1)
+    return Buffers(features, of_value, shared)
+
+
+def _residual(node: Node) -> int | None:
+    """The input whose buffer the node may overwrite, if there is one."""
+    if node.op == "fused_linear" and node.attrs["epilogue"] == "add" and node.inputs[0] != node.inputs[1]:
+        return node.inputs[1]
+    return None
+
+
+def lower(graph: Graph, weights: Mapping[str, Weight], program: _native.Program) -> None:
+    """Builds `program` from `graph` and packs its weights. Raises BackendError for an op it does not know."""
+    _Lowering(graph, weights, program).run()
+
+
+class _Lowering:
+    def __init__(self, graph: Graph, weights: Mapping[str, Weight], program: _native.Program) -> None:
+        self.graph = graph
+        self.weights = weights
+        self.program = program
+        self.buffers = plan_buffers(graph)
+        self.matrices: dict[str, int] = {}
+        self.vectors: dict[str, int] = {}
+        self.ropes: dict[RopeSpec, int] = {}
+
+    def run(self) -> None:
+        for features in self.buffers.features:
+            self.program.add_buffer(features)
+        self._cache()
+        for node in self.graph.nodes:
+            for rope in [node.attrs["rope"]] if node.attrs.get("rope") is not None else []:
+                if rope not in self.ropes:
+                    self.ropes[rope] = self.program.add_rope(rope.inv_freq())
+        for place, node in enumerate(self.graph.nodes):
+            emit = getattr(self, f"_{node.op}", None)
+            if emit is None:
+                raise BackendError(f"The CPU backend does not know the op {node.op!r}.")
+            emit(node, self.buffers.of_value[place])
+        self.program.seal()
+
+    def _cache(self) -> None:
+        attention = [n.attrs for n in self.graph.nodes if n.op in ("attention", "fused_attention")]
+        shapes = {(attrs["kv_heads"], attrs["head_dim"]) for attrs in attention}
+        if len(shapes) > 1:
+            raise BackendError(f"Layers differ in their KV heads and head size: {sorted(shapes)}.")
+        for kv_heads, head_dim in shapes:
+            layers = 1 + max(attrs["layer"] for attrs in attention)
+            self.program.set_cache(layers, kv_heads, head_dim)
+
+    # Operands.
+
+    def _in(self, value: int) -> int:
+        buffer = self.buffers.of_value[value]
+        assert buffer is not None
+        return buffer
+
+    def _matrix(self, name: str) -> int:
+        """Packs a matrix on first use: a tied table is stored once."""
+        if name not in self.matrices:
+            weight = self.weights[name]
+            rows, columns = weight.shape
+            if layout_of(weight).name == "f32":
+                stored, data = "F32", weight.dequantise().view(np.uint8)
+            else:
+                stored = weight.format.name
+                (array,) = weight.arrays.values()
+                data = np.ascontiguousarray(array).view(np.uint8)
+            handle = self.program.add_weight(stored, rows, columns)
+            self.program.pack_weight(handle, stored, data.reshape(-1))
+            self.matrices[name] = handle
+        return self.matrices[name]
+
+    def _vector(self, name: str | None) -> int:
+        if name is None:
+            return -1
+        if name not in self.vectors:
+            self.vectors[name] = self.program.add_vector(self.weights[name].dequantise())
+        return self.vectors[name]
+
+    # One method per op.
+
+    def _embed(self, node: Node, out: int) -> None:
+        self.program.op_embed(self._matrix(node.weights[0]), out)
+
+    def _norm(self, node: Node, out: int) -> None:
+        self.program.op_norm(self._in(node.inputs[0]), self._vector(node.weights[0]), node.attrs["eps"], out)
+
+    def _linear(self, node: Node, out: int) -> None:
+        bias = self._vector(node.weights[1]) if len(node.weights) == 2 else -1
+        projections = [(self._matrix(node.weights[0]), bias)]
+        self.program.op_linear(self._in(node.inputs[0]), -1, 0.0, projections, "store", -1, out)
+
+    def _fused_linear(self, node: Node, out: int) -> None:
+        attrs = node.attrs
+        projections = [(self._matrix(weight), self._vector(bias)) for weight, bias in attrs["projections"]]
+        residual = self._in(node.inputs[1]) if attrs["epilogue"] == "add" else -1
+        self.program.op_linear(
+            self._in(node.inputs[0]), self._vector(attrs["norm"]), attrs["eps"],
+            projections, attrs["epilogue"], residual, out,
+        )  # fmt: skip
+
+    def _rope(self, node: Node, out: int) -> None:
+        rope: RopeSpec = node.attrs["rope"]
+        self.program.op_rope(self._in(node.inputs[0]), self.ropes[rope], rope.head_dim, out)
+
+    def _attention(self, node: Node, out: int) -> None:
+        self._attend(node, [self._in(v) for v in node.inputs], (0, 0, 0), -1, out)
+
+    def _fused_attention(self, node: Node, out: int) -> None:
+        rope: RopeSpec | None = node.attrs["rope"]
+        values, handle = [self._in(v) for v in node.inputs], -1
+        if rope is not None:
+            handle = self.ropes[rope]
+            if self.buffers.shared.intersection(node.inputs[:2]):
+                # The program rotates queries and keys where they lie; others still want these as they are.
+                if any(node.attrs["offsets"]):
+                    raise BackendError("Queries and keys beside other values cannot be shared with other ops.")
+                for i in (0, 1):
+                    copy = self.program.add_buffer(self.graph.nodes[node.inputs[i]].features)
+                    self.program.op_rope(values[i], handle, rope.head_dim, copy)
+                    values[i] = copy
+                handle = -1
+        self._attend(node, values, node.attrs["offsets"], handle, out)
+
+    def _attend(self, node: Node, values: list[int], offsets: tuple[int, int, int], rope: int, out: int) -> None:
+        attrs = node.attrs
+        (q, k, v), (q_column, k_column, v_column) = values, offsets
+        self.program.op_attention(
+            q, q_column, k, k_column, v, v_column, rope,
+            attrs["layer"], attrs["heads"], attrs["kv_heads"], attrs["head_dim"], attrs["scale"], out,
+        )  # fmt: skip
+
+    def _gated(self, node: Node, out: int) -> None:
+        self.program.op_gated(self._in(node.inputs[0]), self._in(node.inputs[1]), out)
+
+    def _add(self, node: Node, out: int) -> None:
+        self.program.op_add(self._in(node.inputs[0]), self._in(node.inputs[1]), out)
+
+    def _take_rows(self, node: Node, out: int) -> None:
+        self.program.op_take_rows(self._in(node.inputs[0]), out)
+
+    def _logits(self, node: Node, _: int | None) -> None:
+        self.program.op_logits(self._in(node.inputs[0]), -1, 0.0, self._matrix(node.weights[0]))
+
+    def _fused_logits(self, node: Node, _: int | None) -> None:
+        *norm, table = node.weights
+        self.program.op_logits(
+            self._in(node.inputs[0]), self._vector(norm[0] if norm else None), node.attrs["eps"], self._matrix(table)
+        )

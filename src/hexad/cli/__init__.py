@@ -1,0 +1,222 @@
+"""The `hexad` command. This module only declares it: the work of every subcommand is in a module of its own,
+imported when it runs, so that `--help` is quick and `run` pays for nothing it does not use."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from hexad.errors import HexadError
+
+# As in `checkpoint.store`, whose package brings in NumPy; a test holds them equal.
+DEFAULT_MODEL = "smollm2:135m"
+
+
+class _Group(TyperGroup):
+    """Commands whose HexadErrors end in one line on stderr, and whose interruptions end quietly."""
+
+    def invoke(self, ctx: Any) -> Any:
+        with _reported():
+            return super().invoke(ctx)
+
+
+@contextmanager
+def _reported() -> Iterator[None]:
+    try:
+        yield
+        sys.stdout.flush()
+    except HexadError as error:
+        print_error(error)
+        raise typer.Exit(1) from error
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+    except BrokenPipeError:
+        # The reader has left (`hexad run … | head`). Nothing may try to flush what it did not take.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        raise typer.Exit(141) from None
+
+
+def print_error(error: HexadError) -> None:
+    """Says on stderr what went wrong, with the notes added on the way up."""
+    print("error:", " ".join([str(error), *getattr(error, "__notes__", [])]), file=sys.stderr)
+
+
+app = typer.Typer(
+    name="hexad",
+    cls=_Group,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Runs large language models, fast and exact, on a plain CPU.",
+)
+
+_MODEL_HELP = "A path, hf:owner/repo[:file] or an alias (see `hexad list`)."
+
+ModelArgument = Annotated[str, typer.Argument(metavar="[MODEL]", help=_MODEL_HELP)]
+ModelOption = Annotated[str, typer.Option("--model", "-m", help=_MODEL_HELP)]
+Threads = Annotated[int | None, typer.Option(help="CPU threads; what this machine allows if left out.")]
+MaxModelLen = Annotated[
+    int | None, typer.Option(help="Longest sequence in tokens; the model's own if left out.")
+]
+Compute = Annotated[str, typer.Option(help="int8 or float: the type of activations at quantised weights.")]
+KVDtype = Annotated[str, typer.Option(help="Type of the KV cache: auto, f32 or f16.")]
+Temperature = Annotated[float, typer.Option(help="0 takes the likeliest token; up to 2.")]
+TopP = Annotated[float, typer.Option(help="Keep the likeliest tokens that reach this probability.")]
+TopK = Annotated[int, typer.Option(help="Keep this many tokens; 0 keeps all.")]
+MinP = Annotated[float, typer.Option(help="Drop tokens less likely than this × the likeliest.")]
+Seed = Annotated[int | None, typer.Option(help="Makes sampling repeatable.")]
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from hexad import __version__
+
+        print(f"hexad {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and leave."),
+    ] = False,
+) -> None: ...
+
+
+@app.command()
+def run(
+    prompt: Annotated[str | None, typer.Argument(help="The question; - or nothing reads a pipe.")] = None,
+    model: ModelOption = DEFAULT_MODEL,
+    max_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 512,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    top_k: TopK = 0,
+    min_p: MinP = 0.0,
+    seed: Seed = None,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Continue the text as it is, without chat template.")
+    ] = False,
+    json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object with text and timings.")
+    ] = False,
+    threads: Threads = None,
+    max_model_len: MaxModelLen = None,
+    compute: Compute = "int8",
+    kv_dtype: KVDtype = "auto",
+) -> None:
+    """Answer one prompt; the answer streams to stdout."""
+    from hexad.cli.run import run
+    from hexad.params import SamplingParams
+
+    params = SamplingParams(
+        temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, seed=seed, max_tokens=max_tokens
+    )
+    settings = _settings(threads, max_model_len, compute, kv_dtype)
+    run(prompt, model, params, settings, raw=raw, as_json=json)
+
+
+@app.command()
+def chat(
+    model: ModelArgument = DEFAULT_MODEL,
+    system: Annotated[str | None, typer.Option(help="The system message.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Most tokens in one answer.")] = None,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    top_k: TopK = 0,
+    min_p: MinP = 0.0,
+    seed: Seed = None,
+    threads: Threads = None,
+    max_model_len: MaxModelLen = None,
+    compute: Compute = "int8",
+    kv_dtype: KVDtype = "auto",
+) -> None:
+    """Talk with a model; /help lists the commands."""
+    from hexad.cli.chat import chat
+    from hexad.params import SamplingParams
+
+    params = SamplingParams(
+        temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, seed=seed, max_tokens=max_tokens
+    )
+    chat(model, system, params, _settings(threads, max_model_len, compute, kv_dtype))
+
+
+@app.command()
+def inspect(
+    model: ModelArgument = DEFAULT_MODEL,
+    threads: Threads = None,
+    max_model_len: MaxModelLen = None,
+    compute: Compute = "int8",
+    kv_dtype: KVDtype = "auto",
+) -> None:
+    """Show a model's graph, formats, kernels, costs and limits here."""
+    from hexad.cli.inspect import inspect
+
+    inspect(model, _settings(threads, max_model_len, compute, kv_dtype))
+
+
+@app.command()
+def pull(model: ModelArgument = DEFAULT_MODEL) -> None:
+    """Fetch a model into the store and print its path."""
+    from hexad.cli.models import pull
+
+    pull(model)
+
+
+@app.command("list")
+def list_models() -> None:
+    """List the models in the store and those it can fetch by alias."""
+    from hexad.cli.models import list_models
+
+    list_models()
+
+
+bench = typer.Typer(no_args_is_help=True, help="Measure speed.")
+app.add_typer(bench, name="bench")
+
+
+@bench.command()
+def latency(
+    model: ModelArgument = DEFAULT_MODEL,
+    input_len: Annotated[int, typer.Option(min=1, help="Prompt tokens of each sequence.")] = 512,
+    output_len: Annotated[int, typer.Option(min=2, help="Tokens generated for each sequence.")] = 128,
+    batch_size: Annotated[int, typer.Option(min=1, help="Sequences at once.")] = 1,
+    iters: Annotated[int, typer.Option(min=1, help="Measured runs.")] = 5,
+    warmup: Annotated[int, typer.Option(min=0, help="Runs before these.")] = 1,
+    json: Annotated[Path | None, typer.Option(help="Write the figures to this file, too.")] = None,
+    threads: Threads = None,
+    compute: Compute = "int8",
+    kv_dtype: KVDtype = "auto",
+) -> None:
+    """Time batches of random prompts: prefill, decode, first token, per token."""
+    from hexad.cli.bench import latency
+
+    settings = _settings(threads, None, compute, kv_dtype)
+    latency(
+        model,
+        settings,
+        input_len,
+        output_len,
+        batch_size=batch_size,
+        iters=iters,
+        warmup=warmup,
+        json_file=json,
+    )
+
+
+def _settings(threads: int | None, max_model_len: int | None, compute: str, kv_dtype: str) -> dict[str, Any]:
+    """The EngineConfig fields that commands offer; EngineConfig itself checks them."""
+    return {"threads": threads, "max_model_len": max_model_len, "compute": compute, "kv_dtype": kv_dtype}
+
+
+def main() -> None:
+    """The entry point of the `hexad` script. Exit codes: 1 a HexadError, 2 wrong usage, 130 interrupted."""
+    app()

@@ -1,0 +1,1 @@
+"""The brain: plain Python, no tensors. It decides which tokens are computed when and where their KV lives."""

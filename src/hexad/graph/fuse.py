@@ -1,0 +1,199 @@
+"""fuse: rewrites a graph into the few large ops that backends run.
+
+Pure and structural: it looks at ops and edges, never at weight formats or sizes. A llama layer becomes
+five nodes:
+
+    norm, q, k, v                →  fused_linear "store"
+    rope, rope, attention        →  fused_attention, reading columns of the former
+    o, add                       →  fused_linear "add"
+    norm, gate, up, gated        →  fused_linear "gated"
+    down, add                    →  fused_linear "add"
+
+What matches no pattern keeps its plain node, so every graph stays valid. A linear or an attention by
+itself is the
+smallest match: after fuse there is no plain `linear`, `attention` or `logits`. Nodes that nothing reads
+are dropped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from hexad.graph.graph import Graph, Node, Value
+
+
+def fuse(graph: Graph) -> Graph:
+    """The fused graph over the same weights; the given graph is left as it is."""
+    return _Fuser(graph).run()
+
+
+class _Fuser:
+    """replaced: the fused node that stands in a node's place. absorbed: nodes that went into one.
+    home: for a value that became columns of a fused node, the place of that node."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        self.nodes = graph.nodes
+        self.users = _users(graph.nodes)
+        self.replaced: dict[Value, Node] = {}
+        self.absorbed: set[Value] = set()
+        self.home: dict[Value, Value] = {}
+
+    def run(self) -> Graph:
+        patterns = (
+            ("attention", self._attention),
+            ("gated", self._gated),
+            ("add", self._add),
+            ("linear", self._linear),
+            ("logits", self._logits),
+        )
+        for op, pattern in patterns:
+            for place, node in enumerate(self.nodes):
+                taken = place in self.absorbed or place in self.replaced
+                if node.op == op and self._live(place) and not taken:
+                    pattern(place)
+        return self._renumbered()
+
+    # Patterns.
+
+    def _attention(self, place: Value) -> None:
+        node = self.nodes[place]
+        q, k, v = node.inputs
+        rope = None
+        ropes = [self.nodes[value] for value in (q, k)]
+        if (
+            all(r.op == "rope" for r in ropes)
+            and ropes[0].attrs["rope"] == ropes[1].attrs["rope"]
+            and self._read_only_by({q, k}, {place})
+            and v not in (q, k)
+        ):
+            rope = ropes[0].attrs["rope"]
+            self.absorbed |= {q, k}
+            q, k = ropes[0].inputs[0], ropes[1].inputs[0]
+        offsets = self._side_by_side((q, k, v), {place, *node.inputs} & (self.absorbed | {place}))
+        self.replaced[place] = replace(
+            node,
+            op="fused_attention",
+            inputs=(q, k, v),
+            attrs={**node.attrs, "offsets": offsets, "rope": rope},
+        )
+
+    def _side_by_side(self, values: tuple[Value, Value, Value], readers: set[Value]) -> tuple[int, ...]:
+        """Puts those of `values` that are linears of one input, and are read by `readers` alone, into one
+        node; gives each value's first column."""
+        first = values[0]
+        members = [
+            value
+            for value in dict.fromkeys(values)
+            if self.nodes[value].op == "linear"
+            and self.nodes[value].inputs == self.nodes[first].inputs
+            and self._read_only_by({value}, readers)
+        ]
+        if len(members) < 2:
+            return (0, 0, 0)
+        columns, width = {}, 0
+        for value in members:
+            columns[value] = width
+            width += self.nodes[value].features
+        place = max(members)
+        self.absorbed |= set(members) - {place}
+        self.home |= dict.fromkeys(members, place)
+        self.replaced[place] = self._fused_linear(members, width, "store")
+        return tuple(columns.get(value, 0) for value in values)
+
+    def _gated(self, place: Value) -> None:
+        gate, up = members = self.nodes[place].inputs
+        same_input = self.nodes[gate].inputs == self.nodes[up].inputs
+        if gate != up and same_input and all(self._is_free_linear(value, {place}) for value in members):
+            self.absorbed |= set(members)
+            self.replaced[place] = self._fused_linear(
+                members, self.nodes[place].features, "gated", act=self.nodes[place].attrs["act"]
+            )
+
+    def _add(self, place: Value) -> None:
+        a, b = self.nodes[place].inputs
+        for linear, residual in ((b, a), (a, b)):
+            if a != b and self._is_free_linear(linear, {place}):
+                self.absorbed.add(linear)
+                self.replaced[place] = self._fused_linear(
+                    (linear,), self.nodes[place].features, "add", residual=(residual,)
+                )
+                return
+
+    def _linear(self, place: Value) -> None:
+        self.replaced[place] = self._fused_linear((place,), self.nodes[place].features, "store")
+
+    def _logits(self, place: Value) -> None:
+        node = self.nodes[place]
+        x, norm, eps = self._normed(node.inputs[0], {place})
+        self.replaced[place] = Node(
+            "fused_logits", (x,), (*_present(norm), *node.weights), node.features, {"norm": norm, "eps": eps}
+        )
+
+    def _fused_linear(
+        self,
+        members: Sequence[Value],
+        features: int,
+        epilogue: str,
+        *,
+        act: str | None = None,
+        residual: tuple[Value, ...] = (),
+    ) -> Node:
+        nodes = [self.nodes[value] for value in members]
+        x, norm, eps = self._normed(nodes[0].inputs[0], set(members))
+        projections = tuple((n.weights[0], n.weights[1] if len(n.weights) == 2 else None) for n in nodes)
+        names = (*_present(norm), *(name for n in nodes for name in n.weights))
+        attrs = {"norm": norm, "eps": eps, "projections": projections, "epilogue": epilogue, "act": act}
+        return Node("fused_linear", (x, *residual), names, features, attrs)
+
+    def _normed(self, x: Value, readers: set[Value]) -> tuple[Value, str | None, float]:
+        """What to read instead of x, and the norm to do first: x's own, if nobody else wants its output."""
+        node = self.nodes[x]
+        if node.op != "norm" or not self._read_only_by({x}, readers):
+            return x, None, 0.0
+        self.absorbed.add(x)
+        return node.inputs[0], node.weights[0], node.attrs["eps"]
+
+    # Questions about the graph.
+
+    def _live(self, value: Value) -> bool:
+        return bool(self.users[value]) or value == len(self.nodes) - 1
+
+    def _read_only_by(self, values: set[Value], readers: set[Value]) -> bool:
+        last = len(self.nodes) - 1
+        return last not in values and all(self.users[value] <= readers for value in values)
+
+    def _is_free_linear(self, value: Value, readers: set[Value]) -> bool:
+        return (
+            self.nodes[value].op == "linear"
+            and value not in self.absorbed
+            and value not in self.home
+            and self._read_only_by({value}, readers)
+        )
+
+    def _renumbered(self) -> Graph:
+        fused = Graph(self.graph.weights)
+        number: dict[Value, Value] = {}
+        for place, plain in enumerate(self.nodes):
+            if place in self.absorbed or not self._live(place):
+                continue
+            node = self.replaced.get(place, plain)
+            inputs = tuple(number[self.home.get(value, value)] for value in node.inputs)
+            number[place] = len(fused.nodes)
+            fused.nodes.append(replace(node, inputs=inputs))
+        return fused
+
+
+def _users(nodes: Sequence[Node]) -> list[set[Value]]:
+    """For each value, the nodes that read it and are themselves needed for the last one."""
+    users: list[set[Value]] = [set() for _ in nodes]
+    for place in range(len(nodes) - 1, -1, -1):
+        if users[place] or place == len(nodes) - 1:
+            for value in nodes[place].inputs:
+                users[value].add(place)
+    return users
+
+
+def _present(name: str | None) -> tuple[str, ...]:
+    return () if name is None else (name,)

@@ -1,0 +1,1 @@
+"""One rank's work: a scheduled step becomes ragged arrays, a forward pass, and sampled tokens."""

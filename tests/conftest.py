@@ -1,0 +1,15 @@
+"""Fixtures for every test."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def smollm2_path() -> Path:
+    """SmolLM2-135M-Instruct Q4_1, out of the user's own store; downloaded there if need be."""
+    from hexad.checkpoint.store import resolve
+
+    return resolve("smollm2:135m")

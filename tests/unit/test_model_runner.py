@@ -1,0 +1,80 @@
+"""ModelRunner: what it does with a step, and what it counts as memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.tiny_models import tiny_llama
+
+from hexad.checkpoint.checkpoint import Checkpoint
+from hexad.config import EngineConfig
+from hexad.engine.step import SampleSpec, ScheduledSequence, ScheduledStep
+from hexad.graph.fuse import fuse
+from hexad.runner.model_runner import ModelRunner, kv_block_bytes, make_backend, packed_bytes
+from hexad.weights import Q4_0, Q4_1, Q8_0
+
+
+def greedy(position: int) -> SampleSpec:
+    return SampleSpec(temperature=0, top_k=0, top_p=1, min_p=0, seed=0, sequence=0, position=position)
+
+
+@pytest.fixture
+def runner() -> ModelRunner:
+    model = tiny_llama()
+    checkpoint = Checkpoint(
+        Path("tiny"), model.config, model.weights, lambda: pytest.fail("no text here"), lambda: None
+    )
+    return ModelRunner(checkpoint, EngineConfig(max_num_seqs=4), "reference")
+
+
+PROMPT = [(7 * i + 3) % 160 for i in range(40)]
+
+
+def test_tokens_stand_where_they_were_asked_for(runner: ModelRunner) -> None:
+    whole = ScheduledSequence("a", PROMPT, 0, [3, 1], greedy(40))
+    ((expected,),) = runner.execute(ScheduledStep([whole])).token_ids
+    part = ScheduledSequence("b", PROMPT[:20], 0, [5], None)
+    assert runner.execute(ScheduledStep([part])).token_ids == [[]]
+    rest = ScheduledSequence("b", PROMPT[20:], 20, [5, 0], greedy(40))
+    other = ScheduledSequence("c", [1, 2], 0, [9], None)
+    assert runner.execute(ScheduledStep([other, rest])).token_ids == [[], [expected]]
+
+
+def test_blocks_are_copied_before_anything_is_computed(runner: ModelRunner) -> None:
+    runner.execute(ScheduledStep([ScheduledSequence("a", PROMPT, 0, [3, 1], None)]))
+    last = ScheduledSequence("a", [9], 40, [3, 1], greedy(41))
+    expected = runner.execute(ScheduledStep([last])).token_ids
+    overwrite = ScheduledSequence("b", PROMPT[::-1], 0, [3, 1], None)
+    copied = ScheduledSequence("a", [9], 40, [6, 8], greedy(41))
+    step = ScheduledStep([overwrite, copied], block_copies=[(3, 6), (1, 8)])
+    assert runner.execute(step).token_ids == [[], *expected]
+
+
+def test_reference_runs_the_graph_as_written(runner: ModelRunner) -> None:
+    assert not any(node.op.startswith("fused") for node in runner.graph.nodes)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_packed_bytes(tied: bool) -> None:
+    formats: Any = {"q_proj": Q4_0, "v_proj": Q8_0, "lm_head": Q8_0}
+    model = tiny_llama(tied=tied, format=Q4_1, formats=formats, vocab=150)
+    backend: Any = type("Cpu", (), {"name": "cpu"})()
+    sizes = packed_bytes(fuse(model.graph()), backend)
+    assert sizes == packed_bytes(model.graph(), backend)
+    assert sizes.keys() == model.weights.keys()
+    panels = 10  # of 16 rows, for 150 rows
+    assert sizes["model.embed_tokens.weight"] == panels * (64 // 32) * (64 + 256)
+    assert sizes["model.layers.1.self_attn.q_proj.weight"] == 4 * 2 * (32 + 256)
+    assert sizes["model.layers.0.self_attn.v_proj.weight"] == 2 * 2 * (32 + 512)
+    assert sizes["model.norm.weight"] == 64 * 4
+    assert sizes.get("lm_head.weight") == (None if tied else panels * 2 * (32 + 512))
+    # The reference multiplies with float32.
+    assert packed_bytes(model.graph(), make_backend("reference"))["model.embed_tokens.weight"] == 150 * 64 * 4
+
+
+def test_kv_block_bytes_pads_heads() -> None:
+    graph = tiny_llama(layers=3, kv_heads=2, head_dim=40, heads=4).graph()
+    assert kv_block_bytes(graph, EngineConfig()) == 3 * 2 * 2 * 32 * 64 * 2
+    assert kv_block_bytes(fuse(graph), EngineConfig(compute="float")) == 3 * 2 * 2 * 32 * 64 * 4

@@ -1,0 +1,258 @@
+"""The memory plan and the probe of the machine."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import FrozenInstanceError
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hexad.config import BLOCK_TOKENS, EngineConfig
+from hexad.errors import ConfigError, InsufficientMemoryError
+from hexad.placement import Plan, cpu_count, free_memory, plan, probe
+
+MIB, GIB = 2**20, 2**30
+
+
+def plan_of(*, free: int = 8 * GIB, context: int = 2048, **changes: Any) -> Plan:
+    return plan(
+        weight_bytes=100 * MIB,
+        kv_bytes_per_block=MIB,
+        workspace_bytes=10 * MIB,
+        config=EngineConfig(**changes),
+        context_length=context,
+        free_bytes=free,
+    )
+
+
+def test_the_default_has_room_for_eight_full_sequences() -> None:
+    found = plan_of()
+    assert found.max_model_len == 2048
+    assert found.kv_blocks == 8 * 64
+    assert found.kv_bytes == 512 * MIB
+    assert found.total == (100 + 10 + 512) * MIB
+    assert found.free == 8 * GIB
+
+
+def test_fewer_sequences_or_a_shorter_context_take_less() -> None:
+    assert plan_of(max_num_seqs=2).kv_blocks == 2 * 64
+    assert plan_of(max_model_len=100).kv_blocks == 8 * 4
+    assert plan_of(max_model_len=100).max_model_len == 100
+    assert plan_of(context=1).kv_blocks == 8
+
+
+def test_the_default_takes_a_quarter_at_most_but_one_sequence_at_least() -> None:
+    assert plan_of(free=(110 + 1000) * MIB).kv_blocks == 250
+    assert plan_of(free=(110 + 100) * MIB).kv_blocks == 64
+    assert plan_of(free=(110 + 64) * MIB).kv_blocks == 64
+
+
+def test_the_cache_asked_for_is_the_cache_made() -> None:
+    assert plan_of(kv_cache_gib=0.5).kv_blocks == 512
+    assert plan_of(kv_cache_gib=4).kv_blocks == 4096
+    assert plan_of(kv_cache_gib=64 / 1024).kv_blocks == 64
+
+
+def test_what_does_not_fit_is_refused_with_the_numbers() -> None:
+    with pytest.raises(
+        InsufficientMemoryError, match=r"weights 100\.0 MiB and workspace 10\.0 MiB.*50\.0 MiB"
+    ):
+        plan_of(free=50 * MIB)
+    with pytest.raises(
+        InsufficientMemoryError,
+        match=r"63 of at least 64 blocks \(needs 64\.0 MiB, 63\.0 MiB.*at most 2016\.",
+    ):
+        plan_of(free=(110 + 63) * MIB)
+    with pytest.raises(InsufficientMemoryError, match=r"0 of at least 64 blocks.*Choose a smaller model"):
+        plan_of(free=110 * MIB)
+    with pytest.raises(
+        InsufficientMemoryError, match=r"needs 2\.00 GiB, 1\.00 GiB.*kv_cache_gib to at most 1\."
+    ):
+        plan_of(free=110 * MIB + GIB, kv_cache_gib=2)
+
+
+def test_the_advice_works() -> None:
+    free = (110 + 63) * MIB
+    assert plan_of(free=free, max_model_len=2016).kv_blocks == 63
+    assert plan_of(free=110 * MIB + GIB, kv_cache_gib=1).kv_bytes == GIB
+
+
+def test_contradicting_settings_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"max_model_len 2049 is longer than .* 2048 tokens"):
+        plan_of(max_model_len=2049)
+    with pytest.raises(ConfigError, match=r"kv_cache_gib=0\.01 holds 320 tokens; .* 2048 needs 0\.0625 GiB"):
+        plan_of(kv_cache_gib=0.01)
+    with pytest.raises(ConfigError, match="holds 0 tokens"):
+        plan_of(kv_cache_gib=1e-9)
+
+
+def test_a_plan_reads_well_and_stays_as_it_is() -> None:
+    found = plan_of()
+    assert str(found).splitlines() == [
+        "weights     100.0 MiB",
+        "KV cache    512.0 MiB  16,384 tokens, at most 2,048 a sequence",
+        "workspace    10.0 MiB",
+        "total       622.0 MiB  of 8.00 GiB free",
+    ]
+    with pytest.raises(FrozenInstanceError):
+        found.kv_blocks = 1  # type: ignore[misc]
+
+
+@given(
+    weights=st.integers(0, 10**12),
+    block=st.integers(1, 10**9),
+    workspace=st.integers(0, 10**9),
+    context=st.integers(1, 10**6),
+    free=st.integers(0, 10**12),
+    seqs=st.integers(1, 512),
+    gib=st.none() | st.floats(1e-6, 1000),
+)
+def test_a_plan_fits_and_holds_a_sequence_or_is_refused(
+    weights: int, block: int, workspace: int, context: int, free: int, seqs: int, gib: float | None
+) -> None:
+    config = EngineConfig(max_num_seqs=seqs, kv_cache_gib=gib)
+    need = weights + workspace + block * -(-context // BLOCK_TOKENS)
+    try:
+        found = plan(
+            weight_bytes=weights, kv_bytes_per_block=block, workspace_bytes=workspace,
+            config=config, context_length=context, free_bytes=free,
+        )  # fmt: skip
+    except (InsufficientMemoryError, ConfigError):
+        assert need > free or gib is not None
+        return
+    assert need <= found.total <= free
+    assert found.kv_blocks * BLOCK_TOKENS >= context
+    assert found.kv_bytes == found.kv_blocks * block
+    if gib is not None:
+        assert found.kv_bytes <= gib * GIB < found.kv_bytes + block
+
+
+# The machine.
+
+
+def machine(root: Path, files: dict[str, str]) -> Path:
+    for name, text in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return root
+
+
+@pytest.fixture
+def eight_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+
+
+V2 = {"proc/self/cgroup": "0::/a/b\n"}
+V1 = {"proc/self/cgroup": "5:cpu,cpuacct:/a/b\n4:memory:/a/b\n3:cpuset:/\n"}
+
+
+@pytest.mark.usefixtures("eight_cpus")
+@pytest.mark.parametrize(
+    ("files", "cpus"),
+    [
+        ({}, 8),
+        (V2 | {"sys/fs/cgroup/a/b/cpu.max": "max 100000\n"}, 8),
+        (V2 | {"sys/fs/cgroup/a/b/cpu.max": "250000 100000\n"}, 3),
+        (V2 | {"sys/fs/cgroup/a/cpu.max": "200000 100000\n"}, 2),
+        (V2 | {"sys/fs/cgroup/a/cpu.max": "200000 100000", "sys/fs/cgroup/a/b/cpu.max": "300000 100000"}, 2),
+        (V2 | {"sys/fs/cgroup/cpu.max": "1000 100000\n"}, 1),
+        (V2 | {"sys/fs/cgroup/a/b/cpu.max": "garbage"}, 8),
+        ({"proc/self/cgroup": "0::/../elsewhere\n", "sys/fs/cgroup/cpu.max": "400000 100000"}, 4),
+        (
+            V1
+            | {
+                "sys/fs/cgroup/cpu,cpuacct/a/b/cpu.cfs_quota_us": "150000\n",
+                "sys/fs/cgroup/cpu,cpuacct/a/b/cpu.cfs_period_us": "100000\n",
+            },
+            2,
+        ),
+        (
+            V1
+            | {
+                "sys/fs/cgroup/cpu,cpuacct/cpu.cfs_quota_us": "-1\n",
+                "sys/fs/cgroup/cpu,cpuacct/cpu.cfs_period_us": "100000\n",
+            },
+            8,
+        ),
+    ],
+)
+def test_cpus_are_bounded_by_the_cgroup(tmp_path: Path, files: dict[str, str], cpus: int) -> None:
+    assert cpu_count(machine(tmp_path, files)) == cpus
+
+
+def test_cpus_without_affinity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: None)
+    assert cpu_count(tmp_path) == 1
+
+
+MEMINFO = {"proc/meminfo": "MemTotal:       8000 kB\nMemFree:  1 kB\nMemAvailable:   4000 kB\n"}
+KIB = 1024
+
+
+@pytest.mark.parametrize(
+    ("files", "free"),
+    [
+        (MEMINFO, 4000 * KIB),
+        (
+            MEMINFO | V2 | {"sys/fs/cgroup/a/b/memory.max": "max", "sys/fs/cgroup/a/b/memory.current": "5"},
+            4000 * KIB,
+        ),
+        (
+            MEMINFO
+            | V2
+            | {
+                "sys/fs/cgroup/a/b/memory.max": str(3000 * KIB),
+                "sys/fs/cgroup/a/b/memory.current": str(2500 * KIB),
+                "sys/fs/cgroup/a/b/memory.stat": f"a 7\ninactive_file {300 * KIB}\nactive_file {200 * KIB}",
+            },
+            1000 * KIB,
+        ),
+        (
+            MEMINFO
+            | V2
+            | {"sys/fs/cgroup/a/memory.max": str(KIB), "sys/fs/cgroup/a/memory.current": str(2 * KIB)},
+            0,
+        ),
+        (
+            MEMINFO
+            | V1
+            | {
+                "sys/fs/cgroup/memory/a/b/memory.limit_in_bytes": str(3000 * KIB),
+                "sys/fs/cgroup/memory/a/b/memory.usage_in_bytes": str(2500 * KIB),
+                "sys/fs/cgroup/memory/a/b/memory.stat": (
+                    f"inactive_file 1\nactive_file 1\ntotal_inactive_file {100 * KIB}\ntotal_active_file 0\n"
+                ),
+            },
+            600 * KIB,
+        ),
+        (
+            MEMINFO
+            | V1
+            | {
+                "sys/fs/cgroup/memory/memory.limit_in_bytes": "9223372036854771712",
+                "sys/fs/cgroup/memory/memory.usage_in_bytes": "1",
+            },
+            4000 * KIB,
+        ),
+    ],
+)
+def test_memory_is_bounded_by_the_cgroup(tmp_path: Path, files: dict[str, str], free: int) -> None:
+    assert free_memory(machine(tmp_path, files)) == free
+
+
+def test_memory_without_proc(tmp_path: Path) -> None:
+    assert 0 < free_memory(tmp_path) < 2**63
+
+
+def test_this_machine() -> None:
+    found = probe()
+    assert 1 <= found.cpus <= (os.cpu_count() or 1)
+    assert 0 < found.free_bytes < 2**63
+    assert found.bandwidth is None
+    assert found.int8_rate is None
