@@ -31,7 +31,8 @@ struct Kernels {
 
   // ops/rows.h
   void (*norm)(const float* x, const float* weight, float eps, int64_t n, float* out);
-  void (*quantise)(const float* x, int64_t n, int slot, int width, void* tile);
+  void (*quantise)(const float* x, int64_t n, int slot, int width, void* tile, uint8_t* outliers);
+  void (*quantise_rest)(const float* x, int slot, int width, const void* group, void* rest);
   void (*interleave)(const float* x, int64_t n, int slot, int width, float* tile);
   void (*rotate)(float* head, const float* cosine, const float* sine, int64_t half);
   void (*gated_silu)(const float* gate, const float* up, int64_t n, float* out);

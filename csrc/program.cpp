@@ -270,14 +270,19 @@ void Program::seal() {
       attention = std::max(
           attention,
           attention_scratch_floats(std::max<int64_t>(kAttentionRows, a->heads / a->kv_heads), a->head_dim));
-  quantised_tile_bytes_ = (widest + kGroup - 1) / kGroup * activation_group_bytes(1);
-  dense_tile_bytes_ = widest * static_cast<int64_t>(sizeof(float));
-  const int64_t row_bytes = quantised_tile_bytes_ + dense_tile_bytes_;
-  tiles_ = allocate<char>(at(row_bytes * (options_.max_rows + kMaxTile)));
+  const int64_t columns = (widest + kGroup - 1) / kGroup * kGroup;
+  const int64_t dense_tile = columns * kMaxTile * static_cast<int64_t>(sizeof(float));
+  // Rows fill tiles of equal width, of which there are at most ⌈rows / kMaxTile⌉ and two; none outgrows the
+  // widest.
+  const int64_t tiles = (options_.max_rows + kMaxTile - 1) / kMaxTile + 1;
+  quantised_tiles_ = allocate<char>(at(quantised_tile_bytes(columns, kMaxTile) * tiles));
+  dense_tiles_ = allocate<char>(at(dense_tile * tiles));
   scratch_.resize(at(team_.size()));
   for (Scratch& s : scratch_) {
-    s.row = allocate<float>(at(widest));
-    s.tile = allocate<char>(at(row_bytes * kMaxTile));
+    s.rows = allocate<float>(at(columns * kMaxTile));
+    s.tile = allocate<char>(at(quantised_tile_bytes(columns, kMaxTile)));
+    s.dense_tile = allocate<char>(at(dense_tile));
+    s.outliers.resize(at(columns / kGroup));
     for (auto& out : s.out) out = allocate<float>(at(rows * kPanelRows));
     s.strip = allocate<char>(kStripBytes);
     s.attention = allocate<float>(at(attention));

@@ -69,10 +69,12 @@ class Program;
 
 // Per-member working memory, sized when the program is sealed.
 struct Scratch {
-  Memory<float> row;     // one normed row
-  Memory<char> tile;     // one activation tile of each kind
-  Memory<float> out[2];  // kernel output for a block of rows × one panel
-  Memory<char> strip;    // kStripBytes
+  Memory<float> rows;             // normed rows of one tile
+  Memory<char> tile;              // one quantised activation tile
+  Memory<char> dense_tile;        // one dense one
+  std::vector<uint8_t> outliers;  // per group, the slots whose row has an outlier there
+  Memory<float> out[2];           // kernel output for a block of rows × one panel
+  Memory<char> strip;             // kStripBytes
   Memory<float> attention;
   std::vector<Candidate> candidates;
 };
@@ -152,8 +154,7 @@ class Program {
   std::vector<Tiling> tilings_;
   Cache cache_;
   std::vector<Scratch> scratch_;
-  Memory<char> tiles_;  // activation tiles shared by the team: quantised, then dense
-  int64_t quantised_tile_bytes_ = 0, dense_tile_bytes_ = 0;  // room per row, largest over all ops
+  Memory<char> quantised_tiles_, dense_tiles_;  // activation tiles of all rows, shared by the team
   BatchView batch_{};
   std::vector<int32_t> row_seq_, row_position_;
 

@@ -55,7 +55,7 @@ void LinearOp::run(Program& p, int member, int64_t begin, int64_t rows) {
   work.tiles = (rows + work.width - 1) / work.width;
   for (const Projection& projection : projections) {
     if (p.quantises(p.weight(projection.weight)))
-      work.quantised_stride = work.columns / kGroup * activation_group_bytes(work.width);
+      work.quantised_stride = quantised_tile_bytes(work.columns, work.width);
     else
       work.dense_stride = work.columns * work.width * static_cast<int64_t>(sizeof(float));
   }
@@ -63,11 +63,11 @@ void LinearOp::run(Program& p, int member, int64_t begin, int64_t rows) {
   if (work.tiles == 1) {
     // One tile: every member makes its own copy, which is cheaper than meeting at a barrier.
     work.quantised = p.scratch_[at(member)].tile.get();
-    work.dense = work.quantised + p.quantised_tile_bytes_ * kMaxTile;
+    work.dense = p.scratch_[at(member)].dense_tile.get();
     prepare(p, work, member, 0);
   } else {
-    work.quantised = p.tiles_.get();
-    work.dense = work.quantised + p.quantised_tile_bytes_ * (p.options_.max_rows + kMaxTile);
+    work.quantised = p.quantised_tiles_.get();
+    work.dense = p.dense_tiles_.get();
     p.team_.loop(member, work.tiles, [&](int64_t tile) { prepare(p, work, member, tile); });
   }
 
@@ -87,21 +87,41 @@ void LinearOp::prepare(Program& p, const Work& work, int member, int64_t tile) c
   char* quantised = work.quantised + tile * work.quantised_stride;
   char* dense = work.dense + tile * work.dense_stride;
   const int64_t first = tile * work.width, count = std::min<int64_t>(work.width, work.rows - first);
-  if (count < work.width) {
+  if (count < work.width) {  // slots without a row are zero
     std::memset(quantised, 0, at(work.quantised_stride));
     std::memset(dense, 0, at(work.dense_stride));
   }
+  Scratch& scratch = p.scratch_[at(member)];
+  const float* input[kMaxTile];
   for (int slot = 0; slot < count; ++slot) {
-    const float* row = p.buffer(x).row(work.begin + first + slot);
-    if (norm >= 0) {
-      float* normed = p.scratch_[at(member)].row.get();
-      p.kernels_.norm(row, p.vector(norm), eps, work.columns, normed);
-      row = normed;
-    }
-    if (work.quantised_stride) p.kernels_.quantise(row, work.columns, slot, work.width, quantised);
-    if (work.dense_stride)
-      p.kernels_.interleave(row, work.columns, slot, work.width, reinterpret_cast<float*>(dense));
+    input[slot] = p.buffer(x).row(work.begin + first + slot);
+    if (norm < 0) continue;
+    float* normed = scratch.rows.get() + slot * work.columns;
+    p.kernels_.norm(input[slot], p.vector(norm), eps, work.columns, normed);
+    input[slot] = normed;
   }
+  if (work.quantised_stride) {
+    const int64_t groups = work.columns / kGroup, group_bytes = activation_group_bytes(work.width);
+    std::fill_n(scratch.outliers.begin(), groups, uint8_t{0});
+    for (int slot = 0; slot < count; ++slot)
+      p.kernels_.quantise(input[slot], work.columns, slot, work.width, quantised, scratch.outliers.data());
+    auto* outlier_count = reinterpret_cast<int32_t*>(quantised + groups * group_bytes);
+    char* rest = quantised + outlier_offset(groups, work.width);
+    *outlier_count = 0;
+    for (int64_t g = 0; g < groups; ++g) {
+      if (scratch.outliers[at(g)] == 0) continue;
+      std::memset(rest, 0, at(group_bytes));
+      for (int slot = 0; slot < count; ++slot)
+        if (scratch.outliers[at(g)] >> slot & 1)
+          p.kernels_.quantise_rest(input[slot] + g * kGroup, slot, work.width, quantised + g * group_bytes,
+                                   rest);
+      outlier_count[++*outlier_count] = static_cast<int32_t>(g);
+      rest += group_bytes;
+    }
+  }
+  if (work.dense_stride)
+    for (int slot = 0; slot < count; ++slot)
+      p.kernels_.interleave(input[slot], work.columns, slot, work.width, reinterpret_cast<float*>(dense));
 }
 
 const float* LinearOp::multiply(Program& p, const Work& work, int member, const Weight& w, int64_t panel,

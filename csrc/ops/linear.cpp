@@ -28,11 +28,11 @@ struct W4 {
       f(c + 4, high_nibbles(first), high_nibbles(second));
     }
   }
-  // Column `k` of the group as floats.
-  static F32 weight(const Group& g, int k, int half) {
+  // Column `k` of the group as floats, given the group's scale and minimum.
+  static F32 weight(const Group& g, int k, int half, F32 scale, F32) {
     Quads q = load_quads(g.quads[k % 16 / 4][16 * half]);
     I32 code = byte_of(k < 16 ? low_nibbles(q) : high_nibbles(q), k % 4);
-    return mul(scale(g, half), sub(to_float(code), splat(8)));
+    return mul(scale, sub(to_float(code), splat(8)));
   }
 };
 
@@ -52,10 +52,10 @@ struct W4M {
       f(c + 4, high_nibbles(first), high_nibbles(second));
     }
   }
-  static F32 weight(const Group& g, int k, int half) {
+  static F32 weight(const Group& g, int k, int half, F32 scale, F32 minimum) {
     Quads q = load_quads(g.quads[k % 16 / 4][16 * half]);
     I32 code = byte_of(k < 16 ? low_nibbles(q) : high_nibbles(q), k % 4);
-    return add(mul(scale(g, half), to_float(code)), minimum(g, half));
+    return add(mul(scale, to_float(code)), minimum);
   }
 };
 
@@ -71,9 +71,9 @@ struct W8 {
     HEXAD_UNROLL
     for (int c = 0; c < 8; ++c) f(c, load_quads(g.quads[c][0]), load_quads(g.quads[c][16]));
   }
-  static F32 weight(const Group& g, int k, int half) {
+  static F32 weight(const Group& g, int k, int half, F32 scale, F32) {
     I32 code = byte_of(load_quads(g.quads[k / 4][16 * half]), k % 4);
-    return mul(scale(g, half), sub(to_float(code), splat(128)));
+    return mul(scale, sub(to_float(code), splat(128)));
   }
 };
 
@@ -112,18 +112,20 @@ struct Strip {
   }
 };
 
-// One panel × one tile of `W` rows over `groups` groups; `out` is [W][32]. `resume` goes on from what it
-// holds.
+// One panel × one tile of `W` rows over `count` groups of activations at `x`, which belong to the panel's
+// groups 0, 1, … or, if `index` is given, index[0], index[1], …; `out` is [W][32]. `resume` goes on from what
+// it holds.
 template <class Codec, int W>
-inline void quantised_tile(const typename Codec::Group* group, int64_t groups, const char* x, bool resume,
-                           float* out) {
+inline void quantised_tile(const typename Codec::Group* panel, const int32_t* index, int64_t count,
+                           const char* x, bool resume, float* out) {
   F32 sums[2][W];
   HEXAD_UNROLL
   for (int t = 0; t < W; ++t) {
     sums[0][t] = resume ? load(out + t * kPanelRows) : splat(0);
     sums[1][t] = resume ? load(out + t * kPanelRows + 16) : splat(0);
   }
-  for (int64_t i = 0; i < groups; ++i, ++group, x += activation_group_bytes(W)) {
+  for (int64_t i = 0; i < count; ++i, x += activation_group_bytes(W)) {
+    const typename Codec::Group* group = panel + (index ? index[i] : i);
     const int8_t* q = reinterpret_cast<const int8_t*>(x);
     const float* d = reinterpret_cast<const float*>(x + W * kGroup);
     const float* s = d + W;
@@ -174,34 +176,46 @@ void quantised(const LinearArgs& a) {
   const auto* panel = static_cast<const typename Packed::Group*>(a.panel);
   const char* tiles = static_cast<const char*>(a.tiles);
   const int64_t groups = a.columns / kGroup;
+  const auto out = [&](int i) { return a.out + int64_t{i} * W * kPanelRows; };
   if (a.tile_count < kStripTiles) {
     for (int i = 0; i < a.tile_count; ++i)
-      quantised_tile<Packed, W>(panel, groups, tiles + i * a.tile_stride, false,
-                                a.out + int64_t{i} * W * kPanelRows);
-    return;
+      quantised_tile<Packed, W>(panel, nullptr, groups, tiles + i * a.tile_stride, false, out(i));
+  } else {
+    constexpr int64_t kStripGroups = kStripColumns / kGroup;
+    StripGroup* strip = static_cast<StripGroup*>(a.scratch);
+    for (int64_t first = 0; first < groups; first += kStripGroups) {
+      const int64_t count = groups - first < kStripGroups ? groups - first : kStripGroups;
+      Strip<Packed>::unpack(panel + first, count, strip);
+      for (int i = 0; i < a.tile_count; ++i)
+        quantised_tile<Strip<Packed>, W>(strip, nullptr, count,
+                                         tiles + i * a.tile_stride + first * activation_group_bytes(W),
+                                         first > 0, out(i));
+    }
   }
-  constexpr int64_t kStripGroups = kStripColumns / kGroup;
-  StripGroup* strip = static_cast<StripGroup*>(a.scratch);
-  for (int64_t first = 0; first < groups; first += kStripGroups) {
-    const int64_t count = groups - first < kStripGroups ? groups - first : kStripGroups;
-    Strip<Packed>::unpack(panel + first, count, strip);
-    for (int i = 0; i < a.tile_count; ++i)
-      quantised_tile<Strip<Packed>, W>(strip, count,
-                                       tiles + i * a.tile_stride + first * activation_group_bytes(W),
-                                       first > 0, a.out + int64_t{i} * W * kPanelRows);
+  for (int i = 0; i < a.tile_count; ++i) {
+    const char* tile = tiles + i * a.tile_stride;
+    const int32_t* outliers = reinterpret_cast<const int32_t*>(tile + groups * activation_group_bytes(W));
+    if (*outliers > 0)
+      quantised_tile<Packed, W>(panel, outliers + 1, *outliers, tile + outlier_offset(groups, W), true,
+                                out(i));
   }
 }
 
 struct F16 {
   using Group = F16Column;
   static constexpr int kColumns = 1;
-  static F32 weight(const Group& g, int, int half) { return load_f16(g.w + 16 * half); }
+  static F32 scale(const Group&, int) { return splat(1); }
+  static F32 minimum(const Group&, int) { return splat(0); }
+  static F32 weight(const Group& g, int, int half, F32, F32) { return load_f16(g.w + 16 * half); }
 };
 struct F32Dense {
   using Group = F32Column;
   static constexpr int kColumns = 1;
-  static F32 weight(const Group& g, int, int half) { return load(g.w + 16 * half); }
+  static F32 scale(const Group&, int) { return splat(1); }
+  static F32 minimum(const Group&, int) { return splat(0); }
+  static F32 weight(const Group& g, int, int half, F32, F32) { return load(g.w + 16 * half); }
 };
+
 template <class Codec, int W>
 void dense(const LinearArgs& a) {
   constexpr int kColumns = Codec::kColumns;
@@ -212,8 +226,11 @@ void dense(const LinearArgs& a) {
     HEXAD_UNROLL
     for (int t = 0; t < W; ++t) sums[0][t] = sums[1][t] = splat(0);
     for (int64_t k = 0; k < a.columns; k += kColumns, ++group) {
+      const F32 scale[2] = {Codec::scale(*group, 0), Codec::scale(*group, 1)};
+      const F32 minimum[2] = {Codec::minimum(*group, 0), Codec::minimum(*group, 1)};
       for (int j = 0; j < kColumns; ++j, x += W) {
-        F32 first = Codec::weight(*group, j, 0), second = Codec::weight(*group, j, 1);
+        F32 first = Codec::weight(*group, j, 0, scale[0], minimum[0]);
+        F32 second = Codec::weight(*group, j, 1, scale[1], minimum[1]);
         HEXAD_UNROLL
         for (int t = 0; t < W; ++t) {
           F32 value = splat(x[t]);
@@ -262,13 +279,15 @@ void gather(const void* panels, int64_t row, int64_t columns, float* out) {
   constexpr int kColumns = Codec::kColumns;
   const auto* group =
       static_cast<const typename Codec::Group*>(panels) + row / kPanelRows * (columns / kColumns);
-  const int lane = static_cast<int>(row % kPanelRows);
+  const int half = row % kPanelRows / 16, lane = row % 16;
   float lanes[16];
-  for (int64_t k = 0; k < columns; k += kColumns, ++group)
+  for (int64_t k = 0; k < columns; k += kColumns, ++group) {
+    const F32 scale = Codec::scale(*group, half), minimum = Codec::minimum(*group, half);
     for (int j = 0; j < kColumns; ++j) {
-      store(lanes, Codec::weight(*group, j, lane / 16));
-      out[k + j] = lanes[lane % 16];
+      store(lanes, Codec::weight(*group, j, half, scale, minimum));
+      out[k + j] = lanes[lane];
     }
+  }
 }
 
 }  // namespace

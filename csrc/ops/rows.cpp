@@ -23,23 +23,48 @@ void norm(const float* x, const float* weight, float eps, int64_t n, float* out)
   }
 }
 
-void quantise(const float* x, int64_t n, int slot, int width, void* tile) {
+// Quantises 32 values into slot `slot` of an activation group; returns their scale.
+float quantise_group(F32 first, F32 second, int slot, int width, char* group) {
+  const float d = max_of(max(abs(first), abs(second))) / 127.0f;
+  const F32 inverse = splat(d > 0 ? 1.0f / d : 0.0f);
+  const I32 q[2] = {to_int(mul(first, inverse)), to_int(mul(second, inverse))};
+  const int32_t total = sum(q[0]) + sum(q[1]);
+  int8_t bytes[kGroup];
+  store_bytes(bytes, q[0]);
+  store_bytes(bytes + 16, q[1]);
+  for (int c = 0; c < 8; ++c) __builtin_memcpy(group + (c * width + slot) * 4, bytes + 4 * c, 4);
+  float* scales = reinterpret_cast<float*>(group + width * kGroup);
+  scales[slot] = d;
+  scales[width + slot] = d * static_cast<float>(total);
+  reinterpret_cast<int32_t*>(scales + 2 * width)[slot] = -8 * total;
+  return d;
+}
+
+void quantise(const float* x, int64_t n, int slot, int width, void* tile, uint8_t* outliers) {
   char* group = static_cast<char*>(tile);
+  float squares = 0;
   for (int64_t i = 0; i < n; i += kGroup, group += activation_group_bytes(width)) {
-    F32 first = load(x + i), second = load(x + i + 16);
-    const float d = max_of(max(abs(first), abs(second))) / 127.0f;
-    const F32 inverse = splat(d > 0 ? 1.0f / d : 0.0f);
-    I32 q[2] = {to_int(mul(first, inverse)), to_int(mul(second, inverse))};
-    const int32_t total = sum(q[0]) + sum(q[1]);
-    int8_t bytes[kGroup];
-    store_bytes(bytes, q[0]);
-    store_bytes(bytes + 16, q[1]);
-    for (int c = 0; c < 8; ++c) __builtin_memcpy(group + (c * width + slot) * 4, bytes + 4 * c, 4);
-    float* scales = reinterpret_cast<float*>(group + width * kGroup);
-    scales[slot] = d;
-    scales[width + slot] = d * static_cast<float>(total);
-    reinterpret_cast<int32_t*>(scales + 2 * width)[slot] = -8 * total;
+    const float d = quantise_group(load(x + i), load(x + i + 16), slot, width, group);
+    squares += d * d;
   }
+  const int64_t groups = n / kGroup;
+  const float limit = static_cast<float>(kOutlier) * (squares / static_cast<float>(groups));
+  const float* d = reinterpret_cast<const float*>(static_cast<char*>(tile) + width * kGroup) + slot;
+  for (int64_t g = 0; g < groups; ++g, d += activation_group_bytes(width) / 4)
+    if (*d * *d > limit) outliers[g] |= static_cast<uint8_t>(1 << slot);
+}
+
+void quantise_rest(const float* x, int slot, int width, const void* group, void* rest) {
+  const char* from = static_cast<const char*>(group);
+  float q[kGroup];
+  for (int c = 0; c < 8; ++c) {
+    int8_t quad[4];
+    __builtin_memcpy(quad, from + (c * width + slot) * 4, 4);
+    for (int b = 0; b < 4; ++b) q[4 * c + b] = quad[b];
+  }
+  const F32 d = splat(reinterpret_cast<const float*>(from + width * kGroup)[slot]);
+  quantise_group(sub(load(x), mul(d, load(q))), sub(load(x + 16), mul(d, load(q + 16))), slot, width,
+                 static_cast<char*>(rest));
 }
 
 void interleave(const float* x, int64_t n, int slot, int width, float* tile) {
@@ -103,6 +128,7 @@ int64_t dot_rate(int64_t iterations, int64_t* sink) {
     HEXAD_UNROLL
     for (int c = 0; c < kChains; ++c) dot(acc[c], x, x);
   }
+  HEXAD_UNROLL
   for (int c = 0; c < kChains; ++c) *sink += sum(acc[c]);
   return iterations * kChains * 64;
 }
@@ -112,6 +138,7 @@ int64_t dot_rate(int64_t iterations, int64_t* sink) {
 void fill_rows(Kernels& table) {
   table.norm = norm;
   table.quantise = quantise;
+  table.quantise_rest = quantise_rest;
   table.interleave = interleave;
   table.rotate = rotate;
   table.gated_silu = gated_silu;

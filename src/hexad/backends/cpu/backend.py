@@ -50,7 +50,7 @@ class CpuBackend:
         """What a program takes beside weights and KV cache: value buffers, activation tiles, 32 rows of logits."""
         buffers = plan_buffers(graph)
         widest = max(buffers.features, default=0)
-        per_row = 4 * sum(buffers.features) + widest * (4 + 44 / 32)
+        per_row = 4 * sum(buffers.features) + widest * (4 + 2 * 44 / 32)
         return int(limits.max_rows * per_row) + 32 * 4 * graph.vocab_size
 
 
