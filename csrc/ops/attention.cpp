@@ -145,13 +145,18 @@ void attention(const AttentionArgs& a) {
       }
       const float block_largest = max_of(max(first, second));
       const float largest = block_largest > state[r].largest ? block_largest : state[r].largest;
-      const float keep = exp_of(state[r].largest - largest);
       first = exp(sub(first, splat(largest)));
       second = exp(sub(second, splat(largest)));
       store(row, first);
       store(row + 16, second);
-      state[r] = {largest, state[r].weight * keep + sum(add(first, second))};
-      scale_row(o + r * padded, keep, padded);
+      // Where the largest score stays, c is exactly 1; on the first block there is nothing to rescale yet.
+      float kept = state[r].weight;
+      if (largest > state[r].largest && kept > 0) {
+        const float keep = exp_of(state[r].largest - largest);
+        kept *= keep;
+        scale_row(o + r * padded, keep, padded);
+      }
+      state[r] = {largest, kept + sum(add(first, second))};
     }
 
     for (int64_t column = 0; column < padded; column += 32) {

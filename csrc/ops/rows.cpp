@@ -28,7 +28,7 @@ float quantise_group(F32 first, F32 second, int slot, int width, char* group) {
   const float d = max_of(max(abs(first), abs(second))) / 127.0f;
   const F32 inverse = splat(d > 0 ? 1.0f / d : 0.0f);
   const I32 q[2] = {to_int(mul(first, inverse)), to_int(mul(second, inverse))};
-  const int32_t total = sum(q[0]) + sum(q[1]);
+  const int32_t total = sum(add(q[0], q[1]));
   int8_t bytes[kGroup];
   store_bytes(bytes, q[0]);
   store_bytes(bytes + 16, q[1]);

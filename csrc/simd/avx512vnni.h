@@ -89,6 +89,7 @@ inline F32 to_float(I32 x) {
 inline I32 shift_left(I32 x, int bits) {
   return _mm512_slli_epi32(x, static_cast<unsigned>(bits));
 }
+inline I32 add(I32 a, I32 b) { return _mm512_add_epi32(a, b); }
 inline int32_t sum(I32 x) {
   return _mm512_reduce_add_epi32(x);
 }

@@ -138,6 +138,7 @@ inline F32 to_float(I32 x) {
 inline I32 shift_left(I32 x, int bits) {
   return x << bits;
 }
+inline I32 add(I32 a, I32 b) { return a + b; }
 inline int32_t sum(I32 x) {
   int32_t total = 0;
   for (int i = 0; i < 16; ++i) total += x[i];

@@ -35,7 +35,7 @@ class ModelRunner:
 
     def __init__(self, checkpoint: Checkpoint, config: EngineConfig, backend: str = "cpu") -> None:
         compiler = make_backend(backend)
-        graph = build_graph(checkpoint.config, checkpoint.weights)
+        graph = build_graph(checkpoint.config, checkpoint.weights, checkpoint.path)
         # The reference stays the model as it was written down: what fuse does is checked against it.
         self.graph = graph if backend == "reference" else fuse(graph)
         self.plan = plan_memory(
