@@ -7,9 +7,7 @@
 
 namespace hexad {
 
-int64_t process_id() {
-  return getpid();
-}
+int64_t process_id() { return getpid(); }
 
 void* allocate_bytes(size_t bytes) {
   if (bytes == 0) bytes = 1;
@@ -22,8 +20,6 @@ void* allocate_bytes(size_t bytes) {
   return p;
 }
 
-void FreeMemory::operator()(void* p) const {
-  munmap(p, bytes ? bytes : 1);
-}
+void FreeMemory::operator()(void* p) const { munmap(p, bytes ? bytes : 1); }
 
 }  // namespace hexad

@@ -14,17 +14,13 @@ namespace {
 
 constexpr int64_t kLogitRows = 32;  // rows whose logits exist at a time
 
-[[noreturn]] void fail(const std::string& message) {
-  throw std::invalid_argument(message);
-}
+[[noreturn]] void fail(const std::string& message) { throw std::invalid_argument(message); }
 
 void require(bool holds, const std::string& message) {
   if (!holds) fail(message);
 }
 
-size_t at(int64_t i) {
-  return static_cast<size_t>(i);
-}
+size_t at(int64_t i) { return static_cast<size_t>(i); }
 
 }  // namespace
 

@@ -10,9 +10,7 @@
 namespace hexad {
 namespace {
 
-size_t at(int64_t i) {
-  return static_cast<size_t>(i);
-}
+size_t at(int64_t i) { return static_cast<size_t>(i); }
 
 // Activations of a block of rows should stay in a core's own cache while panel after panel passes over them.
 constexpr int64_t kBlockBytes = 384 * 1024;

@@ -31,9 +31,7 @@ void wait_while(const std::atomic<uint32_t>& word, uint32_t old) {
 
 }  // namespace
 
-ThreadTeam::ThreadTeam(int size) : size_(size) {
-  start();
-}
+ThreadTeam::ThreadTeam(int size) : size_(size) { start(); }
 
 void ThreadTeam::start() {
   for (Cursors& cursors : cursors_) cursors.reset(new Cursor[static_cast<size_t>(size_)]);

@@ -36,12 +36,8 @@ void pack_q8_0(const uint8_t* block, int r, W8Group& group) {
   }
 }
 
-void pack_f16(const uint8_t* element, int r, F16Column& column) {
-  column.w[r] = half_at(element);
-}
-void pack_f32(const uint8_t* element, int r, F32Column& column) {
-  std::memcpy(&column.w[r], element, 4);
-}
+void pack_f16(const uint8_t* element, int r, F16Column& column) { column.w[r] = half_at(element); }
+void pack_f32(const uint8_t* element, int r, F32Column& column) { std::memcpy(&column.w[r], element, 4); }
 
 template <class Group>
 void pack_rows(void (*pack)(const uint8_t*, int, Group&), int64_t block_bytes, int64_t blocks,
@@ -92,9 +88,7 @@ Layout packed_layout(Stored stored) {
   }
 }
 
-int64_t group_columns(Layout layout) {
-  return layout == Layout::kF16 || layout == Layout::kF32 ? 1 : kGroup;
-}
+int64_t group_columns(Layout layout) { return layout == Layout::kF16 || layout == Layout::kF32 ? 1 : kGroup; }
 
 int64_t group_bytes(Layout layout) {
   switch (layout) {

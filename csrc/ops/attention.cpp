@@ -8,12 +8,8 @@
 namespace hexad::HEXAD_NAMESPACE {
 namespace {
 
-inline F32 load_kv(const float* p) {
-  return load(p);
-}
-inline F32 load_kv(const uint16_t* p) {
-  return load_f16(p);
-}
+inline F32 load_kv(const float* p) { return load(p); }
+inline F32 load_kv(const uint16_t* p) { return load_f16(p); }
 
 // c[r][0..31] ← (resume ? c : 0) + Σ_i a[r][i] · b[i][0..31], i ascending, for R rows: both products of
 // attention.
@@ -191,9 +187,7 @@ void attention(const AttentionArgs& a) {
   }
 }
 
-inline void put(float* p, float x) {
-  *p = x;
-}
+inline void put(float* p, float x) { *p = x; }
 // Saturates: an infinity in the cache would turn a masked weight of 0 into NaN for others.
 inline void put(uint16_t* p, float x) {
   *p = to_f16(x > 65504.0f ? 65504.0f : x < -65504.0f ? -65504.0f : x);

@@ -47,9 +47,7 @@ struct StoreKvArgs {
   char* v_base;
 };
 
-constexpr int64_t padded_head_dim(int64_t head_dim) {
-  return (head_dim + 31) / 32 * 32;
-}
+constexpr int64_t padded_head_dim(int64_t head_dim) { return (head_dim + 31) / 32 * 32; }
 
 // Rows (query tokens × heads of a group) a tile aims at: enough for register tiles, few enough for L1.
 constexpr int kAttentionRows = 48;

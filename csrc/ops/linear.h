@@ -47,9 +47,7 @@ constexpr size_t kStripBytes =
     kStripColumns / kGroup * (2 * kPanelRows * sizeof(float) + kGroup * kPanelRows);
 
 // Bytes of one (tile, group) of quantised activations.
-constexpr int64_t activation_group_bytes(int64_t width) {
-  return width * (kGroup + 12);
-}
+constexpr int64_t activation_group_bytes(int64_t width) { return width * (kGroup + 12); }
 
 // A group is an outlier where d² exceeds this many times the row's mean, so fewer than one in as many can be.
 constexpr int kOutlier = 4;

@@ -16,20 +16,14 @@ typedef uint32_t U32 __attribute__((vector_size(64)));
 using Quads = U32;  // four bytes in each lane, the first lowest
 using Mask = uint16_t;
 
-inline F32 splat(float x) {
-  return F32{} + x;
-}
+inline F32 splat(float x) { return F32{} + x; }
 inline F32 load(const float* p) {
   F32 r;
   __builtin_memcpy(&r, p, 64);
   return r;
 }
-inline void store(float* p, F32 x) {
-  __builtin_memcpy(p, &x, 64);
-}
-inline Mask first_lanes(int64_t n) {
-  return n >= 16 ? Mask{0xFFFF} : static_cast<Mask>((1u << n) - 1);
-}
+inline void store(float* p, F32 x) { __builtin_memcpy(p, &x, 64); }
+inline Mask first_lanes(int64_t n) { return n >= 16 ? Mask{0xFFFF} : static_cast<Mask>((1u << n) - 1); }
 inline F32 load(const float* p, Mask m) {
   F32 r{};
   for (int i = 0; i < 16; ++i)
@@ -46,28 +40,14 @@ inline F32 select(Mask m, F32 yes, F32 no) {
   return yes;
 }
 
-inline F32 add(F32 a, F32 b) {
-  return a + b;
-}
-inline F32 sub(F32 a, F32 b) {
-  return a - b;
-}
-inline F32 mul(F32 a, F32 b) {
-  return a * b;
-}
-inline F32 div(F32 a, F32 b) {
-  return a / b;
-}
-inline F32 max(F32 a, F32 b) {
-  return a > b ? a : b;
-}
+inline F32 add(F32 a, F32 b) { return a + b; }
+inline F32 sub(F32 a, F32 b) { return a - b; }
+inline F32 mul(F32 a, F32 b) { return a * b; }
+inline F32 div(F32 a, F32 b) { return a / b; }
+inline F32 max(F32 a, F32 b) { return a > b ? a : b; }
 // Two roundings: without FMA hardware a fused one would be a library call per lane.
-inline F32 fma(F32 a, F32 b, F32 c) {
-  return a * b + c;
-}
-inline F32 abs(F32 a) {
-  return a < 0 ? -a : a;
-}
+inline F32 fma(F32 a, F32 b, F32 c) { return a * b + c; }
+inline F32 abs(F32 a) { return a < 0 ? -a : a; }
 inline float sum(F32 a) {
   for (int n = 8; n; n /= 2)
     for (int i = 0; i < n; ++i) a[i] += a[i + n];
@@ -129,15 +109,9 @@ inline uint16_t to_f16(float x) {
   return static_cast<uint16_t>(sign | ((magnitude + 0xFFFu + odd - 0x38000000u) >> 13));
 }
 
-inline I32 splat_int(int32_t x) {
-  return I32{} + x;
-}
-inline F32 to_float(I32 x) {
-  return __builtin_convertvector(x, F32);
-}
-inline I32 shift_left(I32 x, int bits) {
-  return x << bits;
-}
+inline I32 splat_int(int32_t x) { return I32{} + x; }
+inline F32 to_float(I32 x) { return __builtin_convertvector(x, F32); }
+inline I32 shift_left(I32 x, int bits) { return x << bits; }
 inline I32 add(I32 a, I32 b) { return a + b; }
 inline int32_t sum(I32 x) {
   int32_t total = 0;
@@ -145,9 +119,7 @@ inline int32_t sum(I32 x) {
   return total;
 }
 // To the nearest integer, ties to even, for |x| < 2^22.
-inline I32 to_int(F32 x) {
-  return __builtin_convertvector(round(x), I32);
-}
+inline I32 to_int(F32 x) { return __builtin_convertvector(round(x), I32); }
 inline void store_bytes(int8_t* p, I32 x) {
   for (int i = 0; i < 16; ++i) p[i] = static_cast<int8_t>(x[i]);
 }
@@ -157,27 +129,17 @@ inline Quads load_quads(const void* p) {
   __builtin_memcpy(&r, p, 64);
   return r;
 }
-inline void store_quads(void* p, Quads x) {
-  __builtin_memcpy(p, &x, 64);
-}
+inline void store_quads(void* p, Quads x) { __builtin_memcpy(p, &x, 64); }
 inline Quads splat_quad(const int8_t* p) {
   uint32_t quad;
   __builtin_memcpy(&quad, p, 4);
   return Quads{} + quad;
 }
-inline Quads either(Quads a, Quads b) {
-  return a | b;
-}
-inline Quads low_nibbles(Quads x) {
-  return x & 0x0F0F0F0Fu;
-}
-inline Quads high_nibbles(Quads x) {
-  return x >> 4 & 0x0F0F0F0Fu;
-}
+inline Quads either(Quads a, Quads b) { return a | b; }
+inline Quads low_nibbles(Quads x) { return x & 0x0F0F0F0Fu; }
+inline Quads high_nibbles(Quads x) { return x >> 4 & 0x0F0F0F0Fu; }
 // Byte `index` of each quad, zero-extended.
-inline I32 byte_of(Quads x, int index) {
-  return I32(x >> static_cast<uint32_t>(8 * index) & 255u);
-}
+inline I32 byte_of(Quads x, int index) { return I32(x >> static_cast<uint32_t>(8 * index) & 255u); }
 
 // acc + Σ over each quad of unsigned weight bytes × signed activation bytes, exact.
 inline void dot(I32& acc, Quads weights, Quads activations) {

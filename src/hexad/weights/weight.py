@@ -23,7 +23,7 @@ class WeightFormat(ABC):
     block_bytes: int
 
     def nbytes(self, shape: tuple[int, ...]) -> int:
-        """Bytes of a weight of this logical shape. Raises ValueError if a row is no whole number of blocks."""
+        """Bytes of a weight of this shape. Raises ValueError if a row is no whole number of blocks."""
         columns = shape[-1] if shape else 1
         if columns % self.block_size:
             raise ValueError(f"{self.name} rows are multiples of {self.block_size}, not {columns}")
@@ -46,8 +46,8 @@ class Weight:
     """A stored tensor.
 
     shape: logical, row-major: a linear layer's weight is (out_features, in_features).
-    arrays: the stored bytes by role; block formats have one, "blocks": uint8 [rows, bytes per row]; dense formats
-        one, "data", of the stored dtype and the logical shape. Arrays may be views of a memory-mapped file.
+    arrays: the stored bytes by role; block formats have one, "blocks": uint8 [rows, bytes per row]; dense
+        formats one, "data", of the stored dtype and the logical shape. They may be views of a mapped file.
     """
 
     format: WeightFormat

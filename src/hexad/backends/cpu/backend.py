@@ -21,7 +21,10 @@ T = TypeVar("T")
 
 
 class CpuBackend:
-    """Implements `Backend`. isa: kernels to use, one of `_native.isas()`; None takes the best (or HEXAD_ISA)."""
+    """Implements `Backend`.
+
+    isa: kernels to use, one of `_native.isas()`; None takes the best, or what HEXAD_ISA names.
+    """
 
     name = "cpu"
 
@@ -31,7 +34,7 @@ class CpuBackend:
     def compile(
         self, graph: Graph, weights: Mapping[str, Weight], options: CompileOptions, limits: Limits
     ) -> CpuExecutable:
-        """Allocates buffers and cache, packs every weight once. Raises BackendError for what it cannot run."""
+        """Allocates buffers and cache, packs every weight once. Raises BackendError for what it cannot do."""
         program = _checked(
             lambda: _native.Program(
                 isa=self.isa or "",
@@ -47,7 +50,7 @@ class CpuBackend:
         return CpuExecutable(program)
 
     def workspace_bytes(self, graph: Graph, limits: Limits) -> int:
-        """What a program takes beside weights and KV cache: value buffers, activation tiles, 32 rows of logits."""
+        """Bytes beside weights and KV cache: value buffers, activation tiles, 32 rows of logits."""
         buffers = plan_buffers(graph)
         widest = max(buffers.features, default=0)
         per_row = 4 * sum(buffers.features) + widest * (4 + 2 * 44 / 32)
@@ -95,7 +98,9 @@ def kernel_of(weight: Weight, compute: str, isa: str) -> str:
     """What multiplies a matrix, for people: e.g. "int8 · avx512vnni"."""
     layout = layout_of(weight)
     arithmetic = "int8" if layout.quantised and compute == "int8" else "float"
-    expanded = "" if layout.name != "f32" or weight.format.name == "F32" else f", expanded from {weight.format.name}"
+    expanded = (
+        "" if layout.name != "f32" or weight.format.name == "F32" else f", expanded from {weight.format.name}"
+    )
     return f"{arithmetic} · {isa}{expanded}"
 
 

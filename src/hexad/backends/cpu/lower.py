@@ -173,7 +173,9 @@ class _Lowering:
             if self.buffers.shared.intersection(node.inputs[:2]):
                 # The program rotates queries and keys where they lie; others still want these as they are.
                 if any(node.attrs["offsets"]):
-                    raise BackendError("Queries and keys beside other values cannot be shared with other ops.")
+                    raise BackendError(
+                        "Queries and keys beside other values cannot be shared with other ops."
+                    )
                 for i in (0, 1):
                     copy = self.program.add_buffer(self.graph.nodes[node.inputs[i]].features)
                     self.program.op_rope(values[i], handle, rope.head_dim, copy)
@@ -181,7 +183,9 @@ class _Lowering:
                 handle = -1
         self._attend(node, values, node.attrs["offsets"], handle, out)
 
-    def _attend(self, node: Node, values: list[int], offsets: tuple[int, int, int], rope: int, out: int) -> None:
+    def _attend(
+        self, node: Node, values: list[int], offsets: tuple[int, int, int], rope: int, out: int
+    ) -> None:
         attrs = node.attrs
         (q, k, v), (q_column, k_column, v_column) = values, offsets
         self.program.op_attention(
@@ -204,5 +208,8 @@ class _Lowering:
     def _fused_logits(self, node: Node, _: int | None) -> None:
         *norm, table = node.weights
         self.program.op_logits(
-            self._in(node.inputs[0]), self._vector(norm[0] if norm else None), node.attrs["eps"], self._matrix(table)
+            self._in(node.inputs[0]),
+            self._vector(norm[0] if norm else None),
+            node.attrs["eps"],
+            self._matrix(table),
         )
