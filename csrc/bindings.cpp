@@ -6,7 +6,9 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <stdexcept>
 #include <tuple>
+#include <utility>
 
 #include "cpu_features.h"
 #include "probe.h"
@@ -45,26 +47,24 @@ void forward(Program& p, In<int32_t, 1> tokens, In<int32_t, 1> row_starts, In<in
 }
 
 void logits(Program& p, Out<float, 2> out) {
-  require(
-      static_cast<int64_t>(out.shape(0)) == p.samples() && static_cast<int64_t>(out.shape(1)) == p.vocab(),
-      "the output is not [sample rows, vocabulary]");
+  require(static_cast<int64_t>(out.shape(1)) == p.vocab(), "the output is not as wide as the vocabulary");
   nb::gil_scoped_release release;
-  p.logits(out.data());
+  p.logits(out.data(), static_cast<int64_t>(out.shape(0)));
 }
 
 void sample(Program& p, In<float, 1> temperature, In<int32_t, 1> top_k, In<float, 1> top_p,
             In<float, 1> min_p, In<uint64_t, 1> seed, In<uint32_t, 1> sequence, In<uint32_t, 1> position,
             Out<int32_t, 1> out) {
-  const size_t n = static_cast<size_t>(p.samples());
+  const size_t n = out.shape(0);
   require(temperature.shape(0) == n && top_k.shape(0) == n && top_p.shape(0) == n && min_p.shape(0) == n &&
-              seed.shape(0) == n && sequence.shape(0) == n && position.shape(0) == n && out.shape(0) == n,
-          "sampling parameters are not one per sample row");
+              seed.shape(0) == n && sequence.shape(0) == n && position.shape(0) == n,
+          "sampling parameters and output differ in length");
   std::vector<hexad::SampleParams> params(n);
   for (size_t i = 0; i < n; ++i)
     params[i] = {temperature.data()[i], top_k.data()[i],    top_p.data()[i],   min_p.data()[i],
                  seed.data()[i],        sequence.data()[i], position.data()[i]};
   nb::gil_scoped_release release;
-  p.sample(params.data(), out.data());
+  p.sample(params.data(), out.data(), static_cast<int64_t>(n));
 }
 
 hexad::Epilogue epilogue_of(const std::string& name) {

@@ -23,7 +23,8 @@ const std::vector<Isa>& isas() {
     list.push_back({"avx512vnni", avx512vnni::fill_kernels,
                     __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-                        __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("fma")});
+                        __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("fma") &&
+                        __builtin_cpu_supports("f16c")});
 #endif
     list.push_back({"generic", generic::fill_kernels, true});
     return list;

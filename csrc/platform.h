@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <new>
 
 namespace hexad {
 
@@ -22,7 +23,8 @@ void* allocate_bytes(size_t bytes);
 
 template <class T>
 Memory<T> allocate(size_t count) {
-  const size_t bytes = count * sizeof(T);
+  size_t bytes;
+  if (__builtin_mul_overflow(count, sizeof(T), &bytes)) throw std::bad_alloc();
   return Memory<T>(static_cast<T*>(allocate_bytes(bytes)), FreeMemory{bytes});
 }
 

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cstring>
 #include <vector>
 
 #include "platform.h"
@@ -24,13 +25,15 @@ double probe_bandwidth(const Kernels& kernels, int threads) {
   ThreadTeam team(threads);
   std::vector<int64_t> sinks(static_cast<size_t>(threads) * 8);
   double best = 0;
-  for (int round = 0; round < 5; ++round) {  // the first also touches the pages
+  for (int round = 0; round < 5; ++round) {  // the first makes every page a page of its own
     const auto begin = Clock::now();
     team.run([&](int member) {
       team.loop(member, kBytes / kChunk, [&](int64_t chunk) {
-        sinks[static_cast<size_t>(member) * 8] += round == 0
-                                                      ? (data[static_cast<size_t>(chunk * kChunk)] = 0, 0)
-                                                      : kernels.read(data.get() + chunk * kChunk, kChunk);
+        char* at = data.get() + chunk * kChunk;
+        if (round == 0)
+          std::memset(at, 1, kChunk);
+        else
+          sinks[static_cast<size_t>(member) * 8] += kernels.read(at, kChunk);
       });
     });
     if (round > 0) best = std::max(best, static_cast<double>(kBytes) / seconds_since(begin));

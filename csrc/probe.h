@@ -8,7 +8,7 @@ namespace hexad {
 // Bytes per second all threads together read from memory (well past the last cache).
 double probe_bandwidth(const Kernels& kernels, int threads);
 
-// int8 multiply-adds per second all threads together reach from the first-level cache.
+// int8 multiply-adds per second all threads together reach in registers.
 double probe_int8(const Kernels& kernels, int threads);
 
 }  // namespace hexad

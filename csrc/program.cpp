@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <new>
 #include <stdexcept>
 
 #include "cpu_features.h"
@@ -20,7 +21,27 @@ void require(bool holds, const std::string& message) {
   if (!holds) fail(message);
 }
 
-size_t at(int64_t i) { return static_cast<size_t>(i); }
+// A product of sizes, both within what a model can have.
+int64_t product(int64_t a, int64_t b) {
+  int64_t result;
+  if (__builtin_mul_overflow(a, b, &result)) throw std::bad_alloc();
+  return result;
+}
+
+constexpr int64_t kMost = int64_t{1} << 31;  // of features, heads, layers, rows
+
+// Holds the program for one call.
+class Busy {
+ public:
+  explicit Busy(std::atomic_flag& flag) : flag_(flag) {
+    if (flag_.test_and_set(std::memory_order_acquire))
+      throw std::logic_error("the program is busy: it takes one call at a time");
+  }
+  ~Busy() { flag_.clear(std::memory_order_release); }
+
+ private:
+  std::atomic_flag& flag_;
+};
 
 }  // namespace
 
@@ -33,21 +54,26 @@ Program::Program(const Options& options)
 
 int Program::add_weight(const std::string& stored, int64_t rows, int64_t columns) {
   const Layout layout = packed_layout(stored_of(stored));
-  require(rows > 0 && columns > 0 && rows < (int64_t{1} << 31) && columns < (int64_t{1} << 31),
-          "a weight has between 1 and 2^31 rows and columns");
-  require(columns % group_columns(layout) == 0, "columns are no multiple of the layout's group");
+  require(!sealed_, "the program is sealed");
+  require(rows > 0 && columns > 0 && rows < kMost && columns < kMost, "a weight of " + std::to_string(rows) +
+                                                                          " × " + std::to_string(columns) +
+                                                                          "; each is between 1 and 2^31");
+  require(columns % group_columns(layout) == 0, std::to_string(columns) + " columns are no multiple of " +
+                                                    std::to_string(group_columns(layout)) + ", as " + stored +
+                                                    " needs");
   auto w = std::make_unique<Weight>();
   *w = Weight{layout, rows, columns, columns / group_columns(layout) * group_bytes(layout), {}};
-  w->data = allocate<char>(at(w->panels() * w->panel_bytes));
+  w->data = allocate<char>(at(product(w->panels(), w->panel_bytes)));
   weights_.push_back(std::move(w));
   return static_cast<int>(weights_.size()) - 1;
 }
 
 void Program::pack_weight(int weight, const std::string& stored_name, const uint8_t* data, int64_t bytes) {
   const Weight& w = check_weight(weight);
+  const Busy busy(busy_);
   const Stored stored = stored_of(stored_name);
   const int64_t row_bytes = stored_row_bytes(stored, w.columns);
-  require(packed_layout(stored) == w.layout, "stored type and layout differ");
+  require(packed_layout(stored) == w.layout, "the weight was added as another type than " + stored_name);
   require(bytes == row_bytes * w.rows, "a weight has " + std::to_string(bytes) + " bytes; " +
                                            std::to_string(row_bytes * w.rows) + " expected");
   team_.run([&](int member) {
@@ -65,13 +91,14 @@ int Program::add_vector(const float* values, int64_t n) {
 }
 
 int Program::add_buffer(int64_t features) {
-  require(features > 0, "a buffer needs features");
-  buffers_.push_back({features, allocate<float>(at(options_.max_rows * features))});
+  require(!sealed_, "the program is sealed");
+  require(features > 0 && features < kMost, "a buffer of " + std::to_string(features) + " features");
+  buffers_.push_back({features, allocate<float>(at(product(options_.max_rows, features)))});
   return static_cast<int>(buffers_.size()) - 1;
 }
 
 int Program::add_rope(const float* inv_freq, int64_t half) {
-  require(half > 0, "a rope needs frequencies");
+  require(half > 0 && !sampled_domain_, "a rope needs frequencies and stands before take_rows");
   ropes_.push_back({{inv_freq, inv_freq + half}, allocate<float>(at(options_.max_rows * 2 * half))});
   auto op = std::make_unique<RopeTableOp>();
   op->rope = static_cast<int>(ropes_.size()) - 1;
@@ -80,14 +107,18 @@ int Program::add_rope(const float* inv_freq, int64_t half) {
 }
 
 void Program::set_cache(int64_t layers, int64_t kv_heads, int64_t head_dim) {
-  require(layers > 0 && kv_heads > 0 && head_dim > 0, "a cache needs layers, heads and a head size");
+  require(cache_.layers == 0 && !sealed_, "the cache is set once, before the program is sealed");
+  for (int64_t size : {layers, kv_heads, head_dim})
+    require(size > 0 && size < (1 << 20), "a cache of " + std::to_string(layers) + " layers, " +
+                                              std::to_string(kv_heads) + " KV heads of " +
+                                              std::to_string(head_dim));
   const int64_t size = options_.kv_f16 ? 2 : 4;
   cache_.layers = layers;
   cache_.kv_heads = kv_heads;
   cache_.head_dim = head_dim;
   cache_.unit = padded_head_dim(head_dim) * kBlockTokens * size;
-  cache_.block_bytes = layers * 2 * kv_heads * cache_.unit;
-  cache_.data = allocate<char>(at(options_.kv_blocks * cache_.block_bytes));
+  cache_.block_bytes = product(product(layers * 2, kv_heads), cache_.unit);
+  cache_.data = allocate<char>(at(product(options_.kv_blocks, cache_.block_bytes)));
 }
 
 int Program::check_buffer(int buffer, int64_t features, const char* what) const {
@@ -121,13 +152,15 @@ void Program::op_embed(int weight, int out) {
   auto op = std::make_unique<EmbedOp>();
   op->weight = weight;
   op->out = check_buffer(out, check_weight(weight).columns, "embed's output");
-  vocabulary_ = this->weight(weight).rows;
+  const int64_t rows = this->weight(weight).rows;
+  vocabulary_ = vocabulary_ > 0 ? std::min(vocabulary_, rows) : rows;
   add_op(std::move(op));
 }
 
 void Program::op_norm(int x, int weight, float eps, int out) {
   auto op = std::make_unique<NormOp>();
   op->x = check_buffer(x, -1, "norm's input");
+  require(weight >= 0, "norm needs a weight");
   check_vector(weight, buffer(x).features, "norm's weight");
   op->weight = weight;
   op->eps = eps;
@@ -173,7 +206,9 @@ void Program::op_rope(int x, int rope, int64_t head_dim, int out) {
   require(rope >= 0 && at(rope) < ropes_.size(), "no such rope");
   require(head_dim > 0 && buffer(x).features % head_dim == 0 &&
               2 * static_cast<int64_t>(ropes_[at(rope)].inv_freq.size()) <= head_dim,
-          "rope's head size does not fit");
+          "rope turns heads of " + std::to_string(head_dim) +
+              ", which does not fit its input or its frequencies");
+  require(!sampled_domain_, "rope stands before take_rows");
   op->rope = rope;
   op->head_dim = head_dim;
   op->out = check_buffer(out, buffer(x).features, "rope's output");
@@ -201,7 +236,11 @@ void Program::op_attention(int q, int64_t q_column, int k, int64_t k_column, int
                            float scale, int out) {
   require(cache_.layers > 0 && layer >= 0 && layer < cache_.layers && kv_heads == cache_.kv_heads &&
               head_dim == cache_.head_dim && heads > 0 && heads % kv_heads == 0,
-          "attention does not fit the cache");
+          "attention of layer " + std::to_string(layer) + ", " + std::to_string(heads) + " heads on " +
+              std::to_string(kv_heads) + " of " + std::to_string(head_dim) + " does not fit the cache of " +
+              std::to_string(cache_.layers) + " layers, " + std::to_string(cache_.kv_heads) + " heads of " +
+              std::to_string(cache_.head_dim));
+  require(!sampled_domain_, "attention stands before take_rows");
   auto op = std::make_unique<AttentionOp>();
   const auto inside = [&](int value, int64_t column, int64_t count, const char* what) {
     check_buffer(value, -1, what);
@@ -215,6 +254,13 @@ void Program::op_attention(int q, int64_t q_column, int k, int64_t k_column, int
   require(rope < 0 || (at(rope) < ropes_.size() &&
                        2 * static_cast<int64_t>(ropes_[at(rope)].inv_freq.size()) <= head_dim),
           "attention's rope does not fit");
+  const auto apart = [&](int a, int64_t a_column, int64_t a_heads, int b, int64_t b_column, int64_t b_heads) {
+    return a != b || a_column + a_heads * head_dim <= b_column || b_column + b_heads * head_dim <= a_column;
+  };
+  require(rope < 0 || (apart(q, q_column, heads, k, k_column, kv_heads) &&
+                       apart(q, q_column, heads, v, v_column, kv_heads) &&
+                       apart(k, k_column, kv_heads, v, v_column, kv_heads)),
+          "attention rotates queries and keys in place, so queries, keys and values must lie apart");
   op->q_column = q_column;
   op->k_column = k_column;
   op->v_column = v_column;
@@ -244,7 +290,7 @@ void Program::op_take_rows(int x, int out) {
 }
 
 void Program::op_logits(int x, int norm, float eps, int weight) {
-  require(head_ == nullptr && sampled_domain_, "logits stand once, after take_rows");
+  require(head_ == nullptr && sampled_domain_ && !sealed_, "logits stand once, after take_rows");
   auto op = std::make_unique<LinearOp>();
   op->x = check_buffer(x, check_weight(weight).columns, "logits' input");
   check_vector(norm, buffer(x).features, "logits' norm");
@@ -259,7 +305,7 @@ void Program::op_logits(int x, int norm, float eps, int weight) {
 
 void Program::seal() {
   require(!sealed_ && !ops_.empty(), "a program is sealed once, with ops");
-  int64_t widest = 1, rows = kMaxBlockRows + kMaxTile, attention = 1;
+  int64_t widest = 1, attention = 1;
   for (const Buffer& b : buffers_) widest = std::max(widest, b.features);
   for (const auto& op : ops_)
     if (const auto* a = dynamic_cast<const AttentionOp*>(op.get()))
@@ -268,9 +314,8 @@ void Program::seal() {
           attention_scratch_floats(std::max<int64_t>(kAttentionRows, a->heads / a->kv_heads), a->head_dim));
   const int64_t columns = (widest + kGroup - 1) / kGroup * kGroup;
   const int64_t dense_tile = columns * kMaxTile * static_cast<int64_t>(sizeof(float));
-  // Rows fill tiles of equal width, of which there are at most ⌈rows / kMaxTile⌉ and two; none outgrows the
-  // widest.
-  const int64_t tiles = (options_.max_rows + kMaxTile - 1) / kMaxTile + 1;
+  // Tiles of equal width are never more than the fewest there can be.
+  const int64_t tiles = (options_.max_rows + kMaxTile - 1) / kMaxTile;
   quantised_tiles_ = allocate<char>(at(quantised_tile_bytes(columns, kMaxTile) * tiles));
   dense_tiles_ = allocate<char>(at(dense_tile * tiles));
   scratch_.resize(at(team_.size()));
@@ -279,9 +324,10 @@ void Program::seal() {
     s.tile = allocate<char>(at(quantised_tile_bytes(columns, kMaxTile)));
     s.dense_tile = allocate<char>(at(dense_tile));
     s.outliers.resize(at(columns / kGroup));
-    for (auto& out : s.out) out = allocate<float>(at(rows * kPanelRows));
+    for (auto& out : s.out) out = allocate<float>(at(kMaxBlockRows * kPanelRows));
     s.strip = allocate<char>(kStripBytes);
     s.attention = allocate<float>(at(attention));
+    if (head_) s.candidates.reserve(at(vocab()));
   }
   if (head_) logits_tile_ = allocate<float>(at(kLogitRows * vocab()));
   row_seq_.resize(at(options_.max_rows));
@@ -302,12 +348,15 @@ int64_t Program::weight_bytes() const {
 }
 
 void Program::forward(const BatchView& batch) {
+  const Busy busy(busy_);
   require(sealed_, "the program is not sealed");
   require(batch.rows >= 1 && batch.rows <= options_.max_rows,
           "a step of " + std::to_string(batch.rows) + " rows; 1 to " + std::to_string(options_.max_rows) +
               " are planned for");
-  require(batch.seqs >= 1 && batch.seqs <= options_.max_seqs && batch.samples <= batch.rows,
-          "more sequences or sample rows than planned for");
+  require(batch.seqs >= 1 && batch.seqs <= options_.max_seqs,
+          "a step of " + std::to_string(batch.seqs) + " sequences; 1 to " +
+              std::to_string(options_.max_seqs) + " are planned for");
+  require(batch.samples <= batch.rows, "more sample rows than rows");
   require(batch.row_starts[0] == 0 && batch.row_starts[batch.seqs] == batch.rows,
           "row_starts do not cover the rows");
   for (int64_t i = 0; i < batch.rows && vocabulary_ > 0; ++i)
@@ -317,7 +366,8 @@ void Program::forward(const BatchView& batch) {
   for (Tiling& tiling : tilings_) tiling.tiles.clear();
   for (int64_t s = 0; s < batch.seqs; ++s) {
     const int32_t begin = batch.row_starts[s], end = batch.row_starts[s + 1];
-    require(begin < end && batch.starts[s] >= 0, "a sequence without rows or before position 0");
+    require(begin >= 0 && begin < end && end <= batch.rows && batch.starts[s] >= 0,
+            "a sequence without rows, beyond the batch, or before position 0");
     const int64_t last = int64_t{batch.starts[s]} + end - begin - 1;
     require(last / kBlockTokens < batch.table_width, "a block table is too short for its sequence");
     for (int64_t b = 0; b <= last / kBlockTokens; ++b) {
@@ -339,15 +389,10 @@ void Program::forward(const BatchView& batch) {
             "sample rows are not ascending rows of the batch");
   batch_ = batch;
   samples_ = batch.samples;
-  run_ops(0, ops_.size());
-  batch_ = {};
-}
-
-void Program::run_ops(size_t first, size_t last) {
   team_.run([&](int member) {
-    for (size_t i = first; i < last; ++i)
-      ops_[i]->run(*this, member, 0, ops_[i]->sampled ? batch_.samples : batch_.rows);
+    for (const auto& op : ops_) op->run(*this, member, 0, op->sampled ? batch_.samples : batch_.rows);
   });
+  batch_ = {};
 }
 
 void Program::run_logits(int64_t begin, int64_t rows, float* out) {
@@ -356,14 +401,20 @@ void Program::run_logits(int64_t begin, int64_t rows, float* out) {
   team_.run([&](int member) { head->run(*this, member, begin, rows); });
 }
 
-void Program::logits(float* out) {
-  require(head_ != nullptr, "the program has no logits");
+void Program::logits(float* out, int64_t rows) {
+  const Busy busy(busy_);
+  require(head_ != nullptr && sealed_, "the program has no logits");
+  require(rows == samples_, "room for " + std::to_string(rows) + " rows; the last step has " +
+                                std::to_string(samples_) + " sample rows");
   for (int64_t begin = 0; begin < samples_; begin += kLogitRows)
     run_logits(begin, std::min(kLogitRows, samples_ - begin), out + begin * vocab());
 }
 
-void Program::sample(const SampleParams* params, int32_t* tokens) {
-  require(head_ != nullptr, "the program has no logits");
+void Program::sample(const SampleParams* params, int32_t* tokens, int64_t count) {
+  const Busy busy(busy_);
+  require(head_ != nullptr && sealed_, "the program has no logits");
+  require(count == samples_, "sampling parameters of " + std::to_string(count) + " rows; the last step has " +
+                                 std::to_string(samples_) + " sample rows");
   for (int64_t begin = 0; begin < samples_; begin += kLogitRows) {
     const int64_t rows = std::min(kLogitRows, samples_ - begin);
     run_logits(begin, rows, logits_tile_.get());
@@ -377,6 +428,7 @@ void Program::sample(const SampleParams* params, int32_t* tokens) {
 }
 
 void Program::copy_block(int64_t from, int64_t to) {
+  const Busy busy(busy_);
   require(from >= 0 && from < options_.kv_blocks && to >= 0 && to < options_.kv_blocks,
           "KV block out of range");
   if (from != to)

@@ -65,6 +65,8 @@ struct Projection {
 
 enum class Epilogue { kStore, kAdd, kGated };
 
+inline size_t at(int64_t i) { return static_cast<size_t>(i); }
+
 class Program;
 
 // Per-member working memory, sized when the program is sealed.
@@ -112,10 +114,11 @@ class Program {
   void op_logits(int x, int norm, float eps, int weight);
   void seal();
 
-  // Running: one call at a time.
+  // Running: one call at a time; a second one at once throws std::logic_error.
   void forward(const BatchView& batch);
-  void logits(float* out);
-  void sample(const SampleParams* params, int32_t* tokens);
+  // `rows` and `count` are what the caller made room for: the sample rows of the last forward.
+  void logits(float* out, int64_t rows);
+  void sample(const SampleParams* params, int32_t* tokens, int64_t count);
   void copy_block(int64_t from, int64_t to);
 
   int64_t samples() const { return samples_; }
@@ -169,7 +172,6 @@ class Program {
   int check_buffer(int buffer, int64_t features, const char* what) const;
   void check_vector(int vector, int64_t n, const char* what) const;
   const Weight& check_weight(int weight) const;
-  void run_ops(size_t first, size_t last);
   void run_logits(int64_t begin, int64_t rows, float* out);
   void add_op(std::unique_ptr<Op> op);
 
@@ -180,6 +182,7 @@ class Program {
   int64_t samples_ = 0;
   int64_t vocabulary_ = 0;  // rows of the embedding table
   bool sampled_domain_ = false, sealed_ = false;
+  std::atomic_flag busy_ = ATOMIC_FLAG_INIT;
 };
 
 }  // namespace hexad

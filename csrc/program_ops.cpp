@@ -10,8 +10,6 @@
 namespace hexad {
 namespace {
 
-size_t at(int64_t i) { return static_cast<size_t>(i); }
-
 // Activations of a block of rows should stay in a core's own cache while panel after panel passes over them.
 constexpr int64_t kBlockBytes = 384 * 1024;
 
@@ -122,8 +120,8 @@ void LinearOp::prepare(Program& p, const Work& work, int member, int64_t tile) c
       p.kernels_.interleave(input[slot], work.columns, slot, work.width, reinterpret_cast<float*>(dense));
 }
 
-const float* LinearOp::multiply(Program& p, const Work& work, int member, const Weight& w, int64_t panel,
-                                int64_t tile, int64_t tile_count, int slot) const {
+float* LinearOp::multiply(Program& p, const Work& work, int member, const Weight& w, int64_t panel,
+                          int64_t tile, int64_t tile_count, int slot) const {
   Scratch& scratch = p.scratch_[at(member)];
   const bool quantised = p.quantises(w);
   const int64_t stride = quantised ? work.quantised_stride : work.dense_stride;
@@ -155,7 +153,7 @@ void LinearOp::finish(Program& p, const Work& work, int member, int64_t unit, in
   const int64_t valid = std::min<int64_t>(kPanelRows, w.rows - panel * kPanelRows);
   column += panel * kPanelRows;
 
-  float* product = const_cast<float*>(multiply(p, work, member, w, panel, tile, tile_count, 0));
+  float* product = multiply(p, work, member, w, panel, tile, tile_count, 0);
   const auto add_bias = [&](const Projection& projection, float* rows) {
     if (projection.bias < 0) return;
     const float* bias = p.vector(projection.bias) + panel * kPanelRows;
@@ -177,8 +175,7 @@ void LinearOp::finish(Program& p, const Work& work, int member, int64_t unit, in
                        valid, to + i * stride + column);
       break;
     case Epilogue::kGated: {
-      float* up = const_cast<float*>(
-          multiply(p, work, member, p.weight(projections[1].weight), panel, tile, tile_count, 1));
+      float* up = multiply(p, work, member, p.weight(projections[1].weight), panel, tile, tile_count, 1);
       add_bias(projections[1], up);
       for (int64_t i = 0; i < count; ++i)
         p.kernels_.gated_silu(product + i * kPanelRows, up + i * kPanelRows, valid, to + i * stride + column);

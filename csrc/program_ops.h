@@ -32,8 +32,8 @@ struct LinearOp : Op {
  private:
   struct Work;
   void prepare(Program& p, const Work& work, int member, int64_t tile) const;
-  const float* multiply(Program& p, const Work& work, int member, const Weight& w, int64_t panel,
-                        int64_t tile, int64_t tile_count, int slot) const;
+  float* multiply(Program& p, const Work& work, int member, const Weight& w, int64_t panel, int64_t tile,
+                  int64_t tile_count, int slot) const;
   void finish(Program& p, const Work& work, int member, int64_t unit, int64_t tile, int64_t tile_count) const;
 };
 

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 
 namespace hexad {
 namespace {
@@ -63,14 +64,14 @@ int32_t sample_token(const Kernels& kernels, const float* logits, int64_t vocab,
     const double wanted = double{params.top_p} * total;
     double mass = 0;
     size_t count = 0, sorted = cut_k ? kept.size() : 0;
-    while (count < kept.size() && mass < wanted) {
+    do {
       if (count == sorted) {
         sorted = std::max<size_t>(256, sorted * 8);
         sort_front(kept, sorted);
       }
       mass += double{weight(kept[count++])};
-    }
-    kept.resize(std::max<size_t>(count, 1));
+    } while (count < kept.size() && mass < wanted);
+    kept.resize(count);
     total = mass;
   }
   const double target = double{uniform(params.seed, params.sequence, params.position)} * total;

@@ -26,7 +26,7 @@ struct Candidate {
 // The first word of Philox4x32-10 (Salmon et al. 2011) as a float in [0, 1).
 float uniform(uint64_t seed, uint32_t sequence, uint32_t position);
 
-// `scratch` is reused between calls to save allocations.
+// `scratch` has capacity for the vocabulary, so that nothing is allocated here. Does not throw.
 int32_t sample_token(const Kernels& kernels, const float* logits, int64_t vocab, const SampleParams& params,
                      std::vector<Candidate>& scratch);
 

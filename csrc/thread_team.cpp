@@ -1,6 +1,9 @@
 #include "thread_team.h"
 
+#include <cfenv>
 #include <chrono>
+#include <stdexcept>
+#include <string>
 
 #include "platform.h"
 
@@ -31,45 +34,72 @@ void wait_while(const std::atomic<uint32_t>& word, uint32_t old) {
 
 }  // namespace
 
-ThreadTeam::ThreadTeam(int size) : size_(size) { start(); }
+ThreadTeam::ThreadTeam(int size) : size_(size) {
+  if (size < 1 || size > 1024)
+    throw std::invalid_argument("a team has 1 to 1024 threads, not " + std::to_string(size));
+  start();
+}
 
 void ThreadTeam::start() {
   for (Cursors& cursors : cursors_) cursors.reset(new Cursor[static_cast<size_t>(size_)]);
   counts_.reset(new Count[static_cast<size_t>(size_)]);
   arrived_ = 0;
-  process_ = process_id();
   const uint32_t seen = job_.load();
-  for (int member = 1; member < size_; ++member)
-    threads_.emplace_back([this, member, seen] { work(member, seen); });
+  try {
+    for (int member = 1; member < size_; ++member)
+      threads_.emplace_back([this, member, seen] { work(member, seen); });
+  } catch (...) {
+    stop();
+    throw;
+  }
+  process_ = process_id();
 }
 
-ThreadTeam::~ThreadTeam() {
-  if (process_ != process_id()) {  // a forked child: the members stayed behind in the parent
-    for (std::thread& thread : threads_) new std::thread(std::move(thread));
-    return;
-  }
+void ThreadTeam::stop() {
   stop_ = true;
   job_.fetch_add(1, std::memory_order_release);
   job_.notify_all();
   for (std::thread& thread : threads_) thread.join();
+  threads_.clear();
+  stop_ = false;
+}
+
+namespace {
+
+// Handles of threads that stayed behind in a forked child's parent can be neither joined nor destroyed here.
+void let_go(std::vector<std::thread>& threads) {
+  for (std::thread& thread : threads) new std::thread(std::move(thread));
+  threads.clear();
+}
+
+}  // namespace
+
+ThreadTeam::~ThreadTeam() {
+  if (process_ == process_id())
+    stop();
+  else
+    let_go(threads_);
 }
 
 void ThreadTeam::run(const std::function<void(int)>& body) {
   std::lock_guard<std::mutex> lock(run_mutex_);
   if (process_ != process_id()) {
-    // Handles of threads that do not exist here can be neither joined nor destroyed; let them go.
-    for (std::thread& thread : threads_) new std::thread(std::move(thread));
-    threads_.clear();
+    let_go(threads_);
     start();
   }
+  std::fenv_t callers;
+  std::fegetenv(&callers);
+  std::fesetenv(FE_DFL_ENV);
   body_ = &body;
   job_.fetch_add(1, std::memory_order_release);
   job_.notify_all();
   body(0);
   barrier(0);
+  std::fesetenv(&callers);
 }
 
 void ThreadTeam::work(int member, uint32_t seen) {
+  std::fesetenv(FE_DFL_ENV);
   for (;;) {
     wait_while(job_, seen);
     ++seen;

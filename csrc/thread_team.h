@@ -12,10 +12,12 @@
 
 namespace hexad {
 
-// The caller is member 0. Waiting members spin for at most 50 µs and then sleep. After a fork the child
-// builds its own members at the next run.
+// The caller is member 0. Waiting members spin for at most 50 µs and then sleep. All compute with the default
+// floating-point environment (no flush to zero), whatever the caller's is. After a fork the child builds its own
+// members at the next run; a fork while another thread is inside `run` is not supported.
 class ThreadTeam {
  public:
+  // Throws std::invalid_argument unless 1 ≤ size ≤ 1024, std::system_error where threads cannot be had.
   explicit ThreadTeam(int size);
   ~ThreadTeam();
   ThreadTeam(const ThreadTeam&) = delete;
@@ -56,6 +58,7 @@ class ThreadTeam {
 
   int parity(int member) const { return counts_[member].barriers & 1; }
   void start();
+  void stop();
   void work(int member, uint32_t seen);
 
   const int size_;

@@ -55,15 +55,6 @@ void pack_rows(void (*pack)(const uint8_t*, int, Group&), int64_t block_bytes, i
 
 }  // namespace
 
-Layout layout_of(const std::string& name) {
-  if (name == "w4") return Layout::kW4;
-  if (name == "w4m") return Layout::kW4M;
-  if (name == "w8") return Layout::kW8;
-  if (name == "f16") return Layout::kF16;
-  if (name == "f32") return Layout::kF32;
-  throw std::invalid_argument("no packed layout is named '" + name + "'");
-}
-
 Stored stored_of(const std::string& name) {
   if (name == "Q4_0") return Stored::kQ4_0;
   if (name == "Q4_1") return Stored::kQ4_1;

@@ -11,8 +11,7 @@ namespace hexad {
 // How a matrix is stored in the checkpoint.
 enum class Stored : int { kQ4_0, kQ4_1, kQ8_0, kF16, kF32 };
 
-// Throw std::invalid_argument for a name they do not know.
-Layout layout_of(const std::string& name);
+// Throws std::invalid_argument for a name it does not know.
 Stored stored_of(const std::string& name);
 
 // The layout a stored type packs into.

@@ -187,11 +187,12 @@ void attention(const AttentionArgs& a) {
   }
 }
 
-inline void put(float* p, float x) { *p = x; }
-// Saturates: an infinity in the cache would turn a masked weight of 0 into NaN for others.
-inline void put(uint16_t* p, float x) {
-  *p = to_f16(x > 65504.0f ? 65504.0f : x < -65504.0f ? -65504.0f : x);
+// x made finite: within ±limit, and 0 for NaN.
+inline float finite(float x, float limit) {
+  return x > limit ? limit : x < -limit ? -limit : x == x ? x : 0.0f;
 }
+inline void put(float* p, float x) { *p = finite(x, 3.40282347e38f); }
+inline void put(uint16_t* p, float x) { *p = to_f16(finite(x, 65504.0f)); }
 
 template <class T>
 void store_kv(const StoreKvArgs& a) {

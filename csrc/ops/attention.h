@@ -1,15 +1,16 @@
 // Paged attention of one KV head over one sequence, and the store into the cache that precedes it.
 //
-// Cache: [block][layer][K|V][kv head][32 tokens]. Within a (block, layer, head), K is [padded head_dim][32
-// tokens] (one query element times 32 adjacent keys needs no horizontal sum) and V is [32 tokens][padded
-// head_dim]. head_dim is padded to a multiple of 32; padding stays zero.
+// Cache: [block][layer][K|V][kv head][32 tokens]. Within a (block, layer, head), K is [padded head_dim][32 tokens]
+// (one query element times 32 adjacent keys needs no horizontal sum) and V is [32 tokens][padded head_dim].
+// head_dim is padded to a multiple of 32; padding stays zero. What is stored is finite: infinities become the
+// largest number of the cache's type and NaNs 0, since a masked weight of 0 would carry them to other rows.
 //
 // Definition, the same for every tile of rows, so that prefill, chunks and decode agree bitwise:
-//   the keys 0 … p of a row at position p are cut into segments of 512; within a segment, blocks of 32 in
-//   order:
-//     s_t = Σ_d fma (scale·q_d, k_td), d ascending;  m' = max(m, max s);  c = exp(m − m');  p_t = exp(s_t −
-//     m') l ← l·c + Σp (two 16-lane halves added, then a fixed tree);  o ← fma chain over t of (p_t, v_t)
-//     from o·c
+//   the keys 0 … p of a row at position p are cut into segments of 512; within a segment, blocks of 32 in order:
+//     s_t = fma chain of (scale · q_d, k_td), d ascending
+//     m' = max(m, max s);  c = exp(m − m');  p_t = exp(s_t − m')
+//     l ← l · c + Σp, the two 16-lane halves added, then a fixed tree
+//     o ← fma chain of (p_t, v_t), t ascending, from o · c
 //   segments are merged left to right with the same rescaling; the result is o / l.
 // A slot past a row's position never influences it.
 #pragma once
@@ -47,12 +48,12 @@ struct StoreKvArgs {
   char* v_base;
 };
 
-constexpr int64_t padded_head_dim(int64_t head_dim) { return (head_dim + 31) / 32 * 32; }
+static constexpr int64_t padded_head_dim(int64_t head_dim) { return (head_dim + 31) / 32 * 32; }
 
 // Rows (query tokens × heads of a group) a tile aims at: enough for register tiles, few enough for L1.
 constexpr int kAttentionRows = 48;
 
-constexpr int64_t attention_scratch_floats(int64_t rows, int64_t head_dim) {
+static constexpr int64_t attention_scratch_floats(int64_t rows, int64_t head_dim) {
   int64_t padded = padded_head_dim(head_dim);
   return rows * (padded + 32 + 2 * padded + 4) + 2 * 32 * padded + 64;
 }

@@ -12,13 +12,11 @@ namespace {
 // A codec reads one group of a panel: `scale` and `minimum` of rows 16·half …, and the eight columns of quads
 // in any order (integer sums do not care). kZeroShift: the zero point is 8 << kZeroShift; −1 means none.
 
-struct W4 {
-  using Group = W4Group;
+template <class PackedGroup>
+struct Nibbles {
+  using Group = PackedGroup;
   static constexpr int kColumns = kGroup;
-  static constexpr int kZeroShift = 0;
-  static constexpr bool kHasMinimum = false;
   static F32 scale(const Group& g, int half) { return load_f16(g.d + 16 * half); }
-  static F32 minimum(const Group&, int) { return splat(0); }
   template <class F>
   static void quads(const Group& g, F f) {
     HEXAD_UNROLL
@@ -28,34 +26,28 @@ struct W4 {
       f(c + 4, high_nibbles(first), high_nibbles(second));
     }
   }
-  // Column `k` of the group as floats, given the group's scale and minimum.
-  static F32 weight(const Group& g, int k, int half, F32 scale, F32) {
+  static F32 code(const Group& g, int k, int half) {
     Quads q = load_quads(g.quads[k % 16 / 4][16 * half]);
-    I32 code = byte_of(k < 16 ? low_nibbles(q) : high_nibbles(q), k % 4);
-    return mul(scale, sub(to_float(code), splat(8)));
+    return to_float(byte_of(k < 16 ? low_nibbles(q) : high_nibbles(q), k % 4));
   }
 };
 
-struct W4M {
-  using Group = W4MGroup;
-  static constexpr int kColumns = kGroup;
+struct W4 : Nibbles<W4Group> {
+  static constexpr int kZeroShift = 0;
+  static constexpr bool kHasMinimum = false;
+  static F32 minimum(const Group&, int) { return splat(0); }
+  // Column `k` of the group as floats, given the group's scale and minimum.
+  static F32 weight(const Group& g, int k, int half, F32 scale, F32) {
+    return mul(scale, sub(code(g, k, half), splat(8)));
+  }
+};
+
+struct W4M : Nibbles<W4MGroup> {
   static constexpr int kZeroShift = -1;
   static constexpr bool kHasMinimum = true;
-  static F32 scale(const Group& g, int half) { return load_f16(g.d + 16 * half); }
   static F32 minimum(const Group& g, int half) { return load_f16(g.m + 16 * half); }
-  template <class F>
-  static void quads(const Group& g, F f) {
-    HEXAD_UNROLL
-    for (int c = 0; c < 4; ++c) {
-      Quads first = load_quads(g.quads[c][0]), second = load_quads(g.quads[c][16]);
-      f(c, low_nibbles(first), low_nibbles(second));
-      f(c + 4, high_nibbles(first), high_nibbles(second));
-    }
-  }
   static F32 weight(const Group& g, int k, int half, F32 scale, F32 minimum) {
-    Quads q = load_quads(g.quads[k % 16 / 4][16 * half]);
-    I32 code = byte_of(k < 16 ? low_nibbles(q) : high_nibbles(q), k % 4);
-    return add(mul(scale, to_float(code)), minimum);
+    return add(mul(scale, code(g, k, half)), minimum);
   }
 };
 

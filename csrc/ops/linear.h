@@ -6,19 +6,19 @@
 //       float d[width]         scale
 //       float s[width]         d · Σq
 //       int32 n[width]         −8 · Σq
-//     After the K/32 groups: int32 count, int32 index[capacity], and `count` more groups of the same form,
-//     for the groups in which some row is an outlier (below); index is ascending. Other rows' slots there are
-//     zero.
+//     After the K/32 groups: int32 count, int32 index[capacity], and `count` more groups of the same form, for the
+//     groups in which some row is an outlier (below); index is ascending. Other rows' slots there are zero.
 //   dense: float x[k][width]
 // Slots past the batch's last row are zero; their results are not to be read.
 //
 // Arithmetic, which no tile width, panel or thread count changes (the exactness promise):
 //   quantised: per group i = Σ q_w · q_x as an exact int32 (with the zero point of the layout subtracted),
 //       f ← fma(float(i), d_w · d, f), and for layouts with a minimum f ← fma(m_w, s, f); groups in K order.
-//       A row's outlier groups, those with d² > 4 · mean(d²) over the row, are then multiplied once more, in
-//       K order, with what rounding left of their activations, quantised in turn. They are few (under a
-//       quarter, mostly 3 to 7 %) and carry most of the rounding error: a handful of hidden features is much
-//       larger than the rest (Dettmers et al. 2022, arXiv:2208.07339). A slot of zeros adds exactly nothing.
+//       A row's outlier groups, those with d² > 4 · mean(d²) over the row (the first (K/32 − 1) / 4 of them; by
+//       rounding there could be one more), are then multiplied once more, in K order, with what rounding left of
+//       their activations, quantised in turn. They are 3 to 7 % of the groups and carry most of the rounding error:
+//       a handful of hidden features is much larger than the rest (Dettmers et al. 2022, arXiv:2208.07339). To a
+//       row that is no outlier there, its slot of zeros adds exactly nothing.
 //   dense: f ← fma(w, x, f) with w the layout's dequantised float; columns in K order.
 #pragma once
 
@@ -47,22 +47,22 @@ constexpr size_t kStripBytes =
     kStripColumns / kGroup * (2 * kPanelRows * sizeof(float) + kGroup * kPanelRows);
 
 // Bytes of one (tile, group) of quantised activations.
-constexpr int64_t activation_group_bytes(int64_t width) { return width * (kGroup + 12); }
+static constexpr int64_t activation_group_bytes(int64_t width) { return width * (kGroup + 12); }
 
 // A group is an outlier where d² exceeds this many times the row's mean, so fewer than one in as many can be.
 constexpr int kOutlier = 4;
 
 // Most outlier groups a tile can have.
-constexpr int64_t outlier_capacity(int64_t groups, int64_t width) {
+static constexpr int64_t outlier_capacity(int64_t groups, int64_t width) {
   const int64_t most = width * ((groups - 1) / kOutlier);
   return most < groups ? most : groups;
 }
 
 // Where a quantised tile's outlier groups begin, and the bytes of a whole tile.
-constexpr int64_t outlier_offset(int64_t groups, int64_t width) {
+static constexpr int64_t outlier_offset(int64_t groups, int64_t width) {
   return groups * activation_group_bytes(width) + 4 * (1 + outlier_capacity(groups, width));
 }
-constexpr int64_t quantised_tile_bytes(int64_t columns, int64_t width) {
+static constexpr int64_t quantised_tile_bytes(int64_t columns, int64_t width) {
   const int64_t groups = columns / kGroup;
   const int64_t end =
       outlier_offset(groups, width) + outlier_capacity(groups, width) * activation_group_bytes(width);

@@ -25,8 +25,13 @@ void norm(const float* x, const float* weight, float eps, int64_t n, float* out)
 
 // Quantises 32 values into slot `slot` of an activation group; returns their scale.
 float quantise_group(F32 first, F32 second, int slot, int width, char* group) {
-  const float d = max_of(max(abs(first), abs(second))) / 127.0f;
-  const F32 inverse = splat(d > 0 ? 1.0f / d : 0.0f);
+  float d = max_of(max(abs(first), abs(second))) / 127.0f;
+  // No weights can make a NaN or an infinity right again: the group's scale says so. Below 1e-36, 1/d overflows.
+  const bool finite = !any_nan(first, second) && d <= 1e37f;
+  if (!finite) first = second = splat(0);
+  if (!(d >= 1e-36f)) d = 0;
+  const F32 inverse = splat(finite && d > 0 ? 1.0f / d : 0.0f);
+  if (!finite) d = __builtin_nanf("");
   const I32 q[2] = {to_int(mul(first, inverse)), to_int(mul(second, inverse))};
   const int32_t total = sum(add(q[0], q[1]));
   int8_t bytes[kGroup];
@@ -50,8 +55,13 @@ void quantise(const float* x, int64_t n, int slot, int width, void* tile, uint8_
   const int64_t groups = n / kGroup;
   const float limit = static_cast<float>(kOutlier) * (squares / static_cast<float>(groups));
   const float* d = reinterpret_cast<const float*>(static_cast<char*>(tile) + width * kGroup) + slot;
-  for (int64_t g = 0; g < groups; ++g, d += activation_group_bytes(width) / 4)
-    if (*d * *d > limit) outliers[g] |= static_cast<uint8_t>(1 << slot);
+  // Rounding of squares and mean could let one more pass than the capacity has room for.
+  int64_t room = (groups - 1) / kOutlier;
+  for (int64_t g = 0; g < groups && room > 0; ++g, d += activation_group_bytes(width) / 4) {
+    if (!(*d * *d > limit)) continue;
+    outliers[g] |= static_cast<uint8_t>(1 << slot);
+    --room;
+  }
 }
 
 void quantise_rest(const float* x, int slot, int width, const void* group, void* rest) {
@@ -99,14 +109,15 @@ void add_rows(const float* a, const float* b, int64_t n, float* out) {
 }
 
 int64_t argmax(const float* x, int64_t n) {
-  F32 largest = splat(x[0]);
+  // max(NaN, b) is b in every vocabulary, so NaNs are passed over.
+  F32 largest = splat(-__builtin_inff());
   int64_t i = 0;
-  for (; i + 16 <= n; i += 16) largest = max(largest, load(x + i));
+  for (; i + 16 <= n; i += 16) largest = max(load(x + i), largest);
   float best = max_of(largest);
   for (; i < n; ++i) best = x[i] > best ? x[i] : best;
   for (i = 0; i < n; ++i)
     if (x[i] == best) return i;
-  return 0;  // only NaNs
+  return 0;  // nothing but NaNs
 }
 
 int64_t read(const void* data, int64_t bytes) {

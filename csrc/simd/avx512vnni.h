@@ -54,7 +54,12 @@ inline void store_bytes(int8_t* p, I32 x) {
 
 inline Quads load_quads(const void* p) { return _mm512_loadu_si512(p); }
 inline void store_quads(void* p, Quads x) { _mm512_storeu_si512(p, x); }
-inline Quads splat_quad(const int8_t* p) { return _mm512_set1_epi32(*reinterpret_cast<const int32_t*>(p)); }
+inline bool any_nan(F32 a, F32 b) { return _mm512_cmp_ps_mask(a, b, _CMP_UNORD_Q) != 0; }
+inline Quads splat_quad(const int8_t* p) {
+  int32_t quad;
+  __builtin_memcpy(&quad, p, 4);
+  return _mm512_set1_epi32(quad);
+}
 inline Quads either(Quads a, Quads b) { return _mm512_or_si512(a, b); }
 inline Quads low_nibbles(Quads x) { return _mm512_and_si512(x, _mm512_set1_epi8(15)); }
 inline Quads high_nibbles(Quads x) { return _mm512_and_si512(_mm512_srli_epi16(x, 4), _mm512_set1_epi8(15)); }

@@ -48,6 +48,12 @@ inline F32 max(F32 a, F32 b) { return a > b ? a : b; }
 // Two roundings: without FMA hardware a fused one would be a library call per lane.
 inline F32 fma(F32 a, F32 b, F32 c) { return a * b + c; }
 inline F32 abs(F32 a) { return a < 0 ? -a : a; }
+inline bool any_nan(F32 a, F32 b) {
+  I32 nan = (a != a) | (b != b);
+  int32_t any = 0;
+  for (int i = 0; i < 16; ++i) any |= nan[i];
+  return any != 0;
+}
 inline float sum(F32 a) {
   for (int n = 8; n; n /= 2)
     for (int i = 0; i < n; ++i) a[i] += a[i + n];

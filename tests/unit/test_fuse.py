@@ -203,8 +203,9 @@ def test_one_projection_for_keys_and_values() -> None:
     odd = Odd()
     q, kv = odd.linear(odd.x, "q"), odd.linear(odd.x, "kv")
     fused = assert_same(odd.done(odd.attention(odd.graph.rope(q, ROPE), odd.graph.rope(kv, ROPE), kv)))
-    assert fused.nodes[2].attrs["offsets"] == (0, 32, 32)
-    assert fused.nodes[1].features == 64
+    # The values are the keys as they were before rotation, so the rotation may not happen in place.
+    assert names(fused)[1:6] == [*["fused_linear store"] * 2, "rope", "rope", "fused_attention"]
+    assert fused.nodes[5].attrs["rope"] is None
 
 
 def test_queries_that_are_keys_and_values() -> None:

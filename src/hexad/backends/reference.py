@@ -275,7 +275,8 @@ def sample_token(
 ) -> int:
     """The token drawn from logits l, float32 [vocab]. This text is the definition for every backend.
 
-    Greedy (temperature T < GREEDY_EPSILON): the largest logit, the lowest id of equals. Otherwise, with
+    Greedy (temperature T < GREEDY_EPSILON): the largest logit, the lowest id of equals; NaNs are passed
+    over. Otherwise, with
     l_max the largest logit and likelier meaning "larger logit, or equal and of lower id":
 
     1. min_p > 0 keeps l_i ≥ float32(l_max + T·ln(min_p)), the sum in float64: p_i ≥ min_p · p_max.
@@ -290,7 +291,7 @@ def sample_token(
     The draw depends on nothing but the arguments. Backends may differ by the last bit of exp.
     """
     if temperature < GREEDY_EPSILON:
-        return int(np.argmax(logits))
+        return int(np.argmax(np.where(np.isnan(logits), -np.inf, logits)))
     top = np.max(logits)
     ids = np.arange(len(logits))
     if min_p > 0:

@@ -66,7 +66,10 @@ class _Fuser:
             all(r.op == "rope" for r in ropes)
             and ropes[0].attrs["rope"] == ropes[1].attrs["rope"]
             and self._read_only_by({q, k}, {place})
-            and v not in (q, k)
+            # A backend may rotate queries and keys where they lie: nothing else may want them as they are.
+            and len({ropes[0].inputs[0], ropes[1].inputs[0], v}) == 3
+            and self._read_only_by({ropes[0].inputs[0]}, {q})
+            and self._read_only_by({ropes[1].inputs[0]}, {k})
         ):
             rope = ropes[0].attrs["rope"]
             self.absorbed |= {q, k}

@@ -105,8 +105,13 @@ def kernel_of(weight: Weight, compute: str, isa: str) -> str:
 
 
 def _checked(call: Callable[[], T]) -> T:
-    """The native core speaks in ValueError and TypeError; its callers in BackendError."""
+    """The native core speaks in Python's own errors; its callers in BackendError."""
     try:
         return call()
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RuntimeError) as error:
         raise BackendError(f"The CPU backend refused: {error}") from error
+    except MemoryError as error:
+        raise BackendError(
+            "The CPU backend could not get the memory it planned for. Free memory, or lower kv_cache_gib, "
+            "max_model_len or max_num_batched_tokens."
+        ) from error

@@ -16,14 +16,10 @@ from hexad.weights import Weight
 
 @dataclass(frozen=True, slots=True)
 class Buffers:
-    """features[i]: width of buffer i. of_value[v]: the buffer value v lies in; None for the logits.
-
-    shared: values whose buffer may not be rotated in place, because another op reads them too.
-    """
+    """features[i]: width of buffer i. of_value[v]: the buffer value v lies in; None for the logits."""
 
     features: list[int]
     of_value: list[int | None]
-    shared: frozenset[int]
 
 
 def plan_buffers(graph: Graph) -> Buffers:
@@ -56,8 +52,7 @@ def plan_buffers(graph: Graph) -> Buffers:
                     free.remove(chosen)
         of_value.append(chosen)
         free += [buffer for v in dying if (buffer := of_value[v]) is not None]
-    shared = frozenset(value for value, users in enumerate(readers) if len(users) > 1)
-    return Buffers(features, of_value, shared)
+    return Buffers(features, of_value)
 
 
 def _residual(node: Node) -> int | None:
@@ -151,6 +146,7 @@ class _Lowering:
 
     def _fused_linear(self, node: Node, out: int) -> None:
         attrs = node.attrs
+        self._check_act(node)
         projections = [(self._matrix(weight), self._vector(bias)) for weight, bias in attrs["projections"]]
         residual = self._in(node.inputs[1]) if attrs["epilogue"] == "add" else -1
         self.program.op_linear(
@@ -166,22 +162,10 @@ class _Lowering:
         self._attend(node, [self._in(v) for v in node.inputs], (0, 0, 0), -1, out)
 
     def _fused_attention(self, node: Node, out: int) -> None:
+        # The program rotates queries and keys where they lie: fuse sees to it that nobody else reads them.
         rope: RopeSpec | None = node.attrs["rope"]
-        values, handle = [self._in(v) for v in node.inputs], -1
-        if rope is not None:
-            handle = self.ropes[rope]
-            if self.buffers.shared.intersection(node.inputs[:2]):
-                # The program rotates queries and keys where they lie; others still want these as they are.
-                if any(node.attrs["offsets"]):
-                    raise BackendError(
-                        "Queries and keys beside other values cannot be shared with other ops."
-                    )
-                for i in (0, 1):
-                    copy = self.program.add_buffer(self.graph.nodes[node.inputs[i]].features)
-                    self.program.op_rope(values[i], handle, rope.head_dim, copy)
-                    values[i] = copy
-                handle = -1
-        self._attend(node, values, node.attrs["offsets"], handle, out)
+        handle = -1 if rope is None else self.ropes[rope]
+        self._attend(node, [self._in(v) for v in node.inputs], node.attrs["offsets"], handle, out)
 
     def _attend(
         self, node: Node, values: list[int], offsets: tuple[int, int, int], rope: int, out: int
@@ -193,7 +177,13 @@ class _Lowering:
             attrs["layer"], attrs["heads"], attrs["kv_heads"], attrs["head_dim"], attrs["scale"], out,
         )  # fmt: skip
 
+    @staticmethod
+    def _check_act(node: Node) -> None:
+        if node.attrs.get("act") not in (None, "silu"):
+            raise BackendError(f"The CPU backend does not know the activation {node.attrs['act']!r}.")
+
     def _gated(self, node: Node, out: int) -> None:
+        self._check_act(node)
         self.program.op_gated(self._in(node.inputs[0]), self._in(node.inputs[1]), out)
 
     def _add(self, node: Node, out: int) -> None:

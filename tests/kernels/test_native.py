@@ -1,0 +1,261 @@
+"""The native layer takes nothing on trust: what contradicts itself is a BackendError, never a crash."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from tests.kernels.test_sampler import params, sample_batch
+from tests.tiny_models import limits_for, make_batch, one_sequence, tiny_llama
+
+from hexad import _native
+from hexad.backends.backend import Batch, CompileOptions, Limits
+from hexad.backends.cpu import CpuBackend, CpuExecutable
+from hexad.errors import BackendError
+from hexad.graph.fuse import fuse
+from hexad.weights import Q4_1
+
+LIMITS = Limits(max_rows=64, max_seqs=4, max_model_len=4096, kv_blocks=8)
+GOOD = make_batch([(range(40), 0, [0, 5]), ([3], 70, [1, 2, 4])])
+
+
+def compiled(threads: int = 2, limits: Limits = LIMITS, isa: str | None = None) -> CpuExecutable:
+    model = tiny_llama(format=Q4_1)
+    return CpuBackend(isa).compile(
+        fuse(model.graph()), model.weights, CompileOptions(threads=threads), limits
+    )
+
+
+def ints(*values: Any) -> np.ndarray:
+    return np.array(values, np.int32)
+
+
+BAD = {
+    "token past the vocabulary": {"tokens": np.append(np.arange(40), 160).astype(np.int32)},
+    "negative token": {"tokens": np.append(np.arange(40), -1).astype(np.int32)},
+    "too many rows": {"tokens": np.zeros(65, np.int32), "row_starts": ints(0, 40, 65)},
+    "no rows": {
+        "tokens": ints(), "row_starts": ints(0), "starts": ints(), "block_tables": np.zeros((0, 1), np.int32),
+    },
+    "an empty sequence": {"row_starts": ints(0, 41, 41)},
+    "rows left over": {"row_starts": ints(0, 40, 40)},
+    "rows that do not exist": {"row_starts": ints(0, 40, 42)},
+    "first row is not 0": {"row_starts": ints(1, 40, 41)},
+    "falling row starts": {"row_starts": ints(0, 45, 41)},
+    "row starts far beyond the rows": {
+        "row_starts": ints(0, 10_000_000, 41), "block_tables": np.zeros((2, 400_000), np.int32),
+    },
+    "negative row starts": {"row_starts": ints(0, -5, 41)},
+    "too few row starts": {"row_starts": ints(0, 41)},
+    "too many sequences": {
+        "tokens": np.zeros(5, np.int32), "row_starts": np.arange(6, dtype=np.int32),
+        "starts": np.zeros(5, np.int32), "block_tables": np.arange(5, dtype=np.int32)[:, None],
+    },
+    "negative start": {"starts": ints(0, -1)},
+    "start past the block table": {"starts": ints(0, 96)},
+    "start near the end of int32": {"starts": ints(0, 2**31 - 1)},
+    "block past the pool": {"block_tables": ints([0, 8, -1], [1, 2, 4])},
+    "missing block": {"block_tables": ints([0, -1, -1], [1, 2, 4])},
+    "huge block": {"block_tables": ints([0, 2**31 - 1, -1], [1, 2, 4])},
+    "one block table for two": {"block_tables": ints([0, 1, 2])},
+    "empty block tables": {"block_tables": np.zeros((2, 0), np.int32)},
+    "sample row past the batch": {"sample_rows": ints(39, 41)},
+    "negative sample row": {"sample_rows": ints(-1, 40)},
+    "falling sample rows": {"sample_rows": ints(40, 39)},
+    "a sample row twice": {"sample_rows": ints(40, 40)},
+    "more sample rows than rows": {"sample_rows": np.arange(42, dtype=np.int32)},
+    "int64 tokens": {"tokens": np.zeros(41, np.int64)},
+    "float tokens": {"tokens": np.zeros(41, np.float32)},
+    "two-dimensional tokens": {"tokens": np.zeros((41, 1), np.int32)},
+    "flat block tables": {"block_tables": ints(0, 1)},
+    "strided tokens": {"tokens": np.zeros(82, np.int32)[::2]},
+    "fortran block tables": {"block_tables": np.asfortranarray(np.arange(6, dtype=np.int32).reshape(2, 3))},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("wrong", BAD.values(), ids=[name.replace(" ", "-") for name in BAD])
+def test_bad_batch(wrong: dict[str, np.ndarray]) -> None:
+    executable = compiled()
+    executable.forward(GOOD)
+    before = executable.logits()
+    with pytest.raises(BackendError):
+        executable.forward(replace(GOOD, **wrong))
+    executable.forward(GOOD)
+    assert np.array_equal(executable.logits(), before)
+
+
+@pytest.mark.parametrize("name", ["temperature", "top_k", "top_p", "min_p", "seed", "sequence", "position"])
+def test_bad_sampling_parameters(name: str) -> None:
+    executable = compiled()
+    executable.forward(GOOD)
+    good = sample_batch([params(), params()])
+    executable.sample(good)
+    array = getattr(good, name)
+    for wrong in (array[:1], np.append(array, array), array.astype(np.complex64), array[:, None]):
+        with pytest.raises(BackendError):
+            executable.sample(replace(good, **{name: wrong}))
+
+
+@pytest.mark.parametrize("copy", [(-1, 0), (0, 8), (8, 0), (0, -1), (2**40, 0)])
+def test_bad_block_copy(copy: tuple[int, int]) -> None:
+    executable = compiled()
+    with pytest.raises(BackendError):
+        executable.copy_blocks([copy])
+
+
+def test_bad_output_array() -> None:
+    executable = compiled()
+    executable.forward(GOOD)
+    for out in (np.empty((3, 160), np.float32), np.empty((2, 159), np.float32), np.empty(320, np.float32)):
+        with pytest.raises((ValueError, TypeError)):
+            executable.program.logits(out)
+    with pytest.raises((ValueError, TypeError)):
+        executable.program.logits(np.empty((2, 160), np.float64))
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"max_rows": 0}, {"max_seqs": -1}, {"kv_blocks": 0}, {"kv_blocks": -(2**40)}]
+)
+def test_bad_limits(wrong: dict[str, int]) -> None:
+    with pytest.raises(BackendError):
+        compiled(limits=replace(LIMITS, **wrong))
+
+
+@pytest.mark.parametrize("threads", [-1, 5000])
+def test_bad_threads(threads: int) -> None:
+    with pytest.raises(BackendError, match="threads"):
+        compiled(threads=threads)
+
+
+def test_unknown_isa() -> None:
+    with pytest.raises(BackendError, match=r"'mmx'.*generic.*HEXAD_ISA"):
+        compiled(isa="mmx")
+
+
+def program(**settings: Any) -> _native.Program:
+    defaults = {"isa": "", "threads": 1, "quantised": True, "kv_f16": True}
+    return _native.Program(**{**defaults, "max_rows": 8, "max_seqs": 1, "kv_blocks": 1, **settings})
+
+
+def test_bad_weights() -> None:
+    p = program()
+    for stored, rows, columns in (
+        ("Q4_1", 4, 33), ("Q4_1", 0, 32), ("F32", -1, 4), ("F32", 4, 0), ("Q9_9", 4, 32), ("F32", 2**31, 1),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=r".+"):
+            p.add_weight(stored, rows, columns)
+    weight = p.add_weight("Q4_1", 4, 64)
+    for handle, stored, size in (
+        (weight, "Q4_1", 159),
+        (weight, "Q4_1", 161),
+        (weight, "Q4_0", 144),
+        (9, "Q4_1", 160),
+    ):
+        with pytest.raises(ValueError, match=r".+"):
+            p.pack_weight(handle, stored, np.zeros(size, np.uint8))
+    p.pack_weight(weight, "Q4_1", np.zeros(160, np.uint8))
+
+
+def test_ops_that_do_not_fit() -> None:
+    p = program()
+    table = p.add_weight("F32", 10, 16)
+    x, y, narrow = p.add_buffer(16), p.add_buffer(16), p.add_buffer(8)
+    scale = p.add_vector(np.ones(16, np.float32))
+    rope = p.add_rope(np.ones(4, np.float32))
+    p.set_cache(1, 1, 8)
+    attention = {
+        "q": x, "q_column": 0, "k": x, "k_column": 0, "v": x, "v_column": 8, "rope": -1, "layer": 0,
+        "heads": 1, "kv_heads": 1, "head_dim": 8, "scale": 1.0, "out": narrow,
+    }  # fmt: skip
+    calls = [
+        lambda: p.op_embed(table, narrow),
+        lambda: p.op_embed(table, 99),
+        lambda: p.op_embed(7, x),
+        lambda: p.op_norm(x, 5, 1e-5, y),
+        lambda: p.op_norm(narrow, scale, 1e-5, narrow),
+        lambda: p.op_linear(x, -1, 0.0, [], "store", -1, y),
+        lambda: p.op_linear(x, -1, 0.0, [(table, -1)], "store", -1, y),
+        lambda: p.op_linear(x, -1, 0.0, [(table, -1)], "multiply", -1, y),
+        lambda: p.op_linear(x, -1, 0.0, [(table, scale)], "store", -1, y),
+        lambda: p.op_linear(narrow, -1, 0.0, [(table, -1)], "store", -1, y),
+        lambda: p.op_linear(x, -1, 0.0, [(table, -1)], "gated", -1, y),
+        lambda: p.op_rope(x, rope, 5, y),
+        lambda: p.op_rope(x, rope, 4, y),
+        lambda: p.op_rope(x, 3, 8, y),
+        lambda: p.op_gated(x, narrow, y),
+        lambda: p.op_add(x, y, narrow),
+        lambda: p.op_take_rows(x, x),
+        lambda: p.op_logits(x, -1, 0.0, table),  # before take_rows
+        *(
+            lambda wrong=wrong: p.op_attention(**{**attention, **wrong})
+            for wrong in (
+                {"layer": 1}, {"heads": 3}, {"kv_heads": 2}, {"v_column": 9}, {"q_column": -1}, {"out": x},
+                {"head_dim": 16}, {"rope": 4}, {"heads": 0}, {"q": 44},
+            )
+        ),
+        lambda: p.forward(*(getattr(one_sequence([1]), name) for name in Batch.__slots__)),  # not sealed
+    ]  # fmt: skip
+    for call in calls:
+        with pytest.raises(ValueError, match=r".+"):
+            call()
+    p.op_attention(**attention)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 8])
+def test_any_number_of_threads(threads: int) -> None:
+    executable = compiled(threads)
+    assert executable.program.threads == threads
+    executable.forward(GOOD)
+    expected = compiled(1)
+    expected.forward(GOOD)
+    assert np.array_equal(executable.logits(), expected.logits())
+
+
+FORK = """
+import os, sys
+import numpy as np
+from tests.kernels.test_native import GOOD, compiled
+
+for threads in (1, 2, 8):
+    executable = compiled(threads)
+    executable.forward(GOOD)
+    expected = executable.logits()
+    for _ in range(2):
+        child = os.fork()
+        executable.forward(GOOD)  # parent and child go on, each with members of its own
+        same = np.array_equal(executable.logits(), expected)
+        if child == 0:
+            os._exit(0 if same else 1)
+        _, status = os.waitpid(child, 0)
+        assert same and status == 0, (threads, same, status)
+    child = os.fork()
+    if child == 0:  # never runs it, but frees it
+        del executable
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+print("done")
+"""
+
+
+@pytest.mark.skipif(not hasattr(__import__("os"), "fork"), reason="this system has no fork")
+def test_fork() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", FORK], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.stdout == "done\n", done.stderr
+
+
+def test_limits_are_filled_exactly() -> None:
+    """As many rows, sequences and blocks as were planned for."""
+    limits = limits_for(batch_rows=64, seqs=4, kv_blocks=4)
+    executable = compiled(limits=limits)
+    batch = make_batch(
+        [(range(29), 0, [3]), (range(32), 0, [1]), ([5], 31, [0]), ([9, 9], 0, [2])], sample="all"
+    )
+    executable.forward(batch)
+    assert np.isfinite(executable.logits()).all()
+    assert executable.logits().shape == (64, 160)

@@ -1,0 +1,69 @@
+"""Objects compiled for a higher ISA give the linker nothing that other code could end up calling.
+
+An inline function that two objects share is kept once, whichever is met first. Compiled with AVX-512 and met
+first, it would be an illegal instruction on every other machine. So each object of an ISA may define, beside
+local symbols, nothing but the functions by which its kernel table is filled.
+"""
+
+from __future__ import annotations
+
+import platform
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+CMAKE = (ROOT / "CMakeLists.txt").read_text(encoding="utf-8")
+COMPILER = shutil.which("g++")
+NM = shutil.which("nm")
+
+pytestmark = [
+    pytest.mark.skipif(COMPILER is None or NM is None, reason="g++ and nm are needed"),
+    pytest.mark.skipif(
+        platform.machine() not in ("x86_64", "AMD64"), reason="ISAs above the generic one are x86-64's so far"
+    ),
+]
+
+
+def isa_flags() -> dict[str, list[str]]:
+    """Compiler options by ISA, out of CMakeLists.txt, without generator expressions."""
+    calls = re.findall(r"^ *hexad_isa\((\w+)\s+([^()]*(?:\$<.*>)?[^()]*)\)", CMAKE, re.MULTILINE)
+    return {name: [flag for flag in flags.split() if flag.startswith("-")] for name, flags in calls}
+
+
+def isa_sources() -> list[str]:
+    (sources,) = re.findall(r"add_library\(isa_\$\{NAME\} OBJECT ([^)]*)\)", CMAKE)
+    return sources.split()
+
+
+def test_what_is_checked() -> None:
+    assert {"generic", "avx512vnni"} <= isa_flags().keys()
+    assert "-mavx512vnni" in isa_flags()["avx512vnni"]
+    assert "csrc/ops/linear.cpp" in isa_sources()
+
+
+@pytest.mark.parametrize("isa", [name for name in isa_flags() if name != "generic"])
+@pytest.mark.parametrize("source", isa_sources(), ids=lambda source: Path(source).stem)
+def test_isa_objects_leak_nothing(source: str, isa: str, tmp_path: Path) -> None:
+    assert COMPILER is not None
+    assert NM is not None
+    built = tmp_path / "object.o"
+    subprocess.run(
+        [
+            COMPILER, "-std=c++20", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-w",
+            *isa_flags()[isa],
+            f"-DHEXAD_NAMESPACE={isa}", f'-DHEXAD_ISA_HEADER="simd/{isa}.h"', f"-I{ROOT / 'csrc'}",
+            "-c", str(ROOT / source), "-o", str(built),
+        ],
+        check=True, timeout=120,
+    )  # fmt: skip
+    listing = subprocess.run([NM, "-C", str(built)], check=True, capture_output=True, text=True).stdout
+    symbols = [line.split(maxsplit=2) for line in listing.splitlines() if line[:1] != " "]
+    # Capitals are global, v, w and u are weak or unique; small letters are local.
+    seen = {name for _, kind, name in symbols if kind.isupper() or kind in "vwu"}
+    assert seen
+    leaked = {name for name in seen if not re.fullmatch(rf"hexad::{isa}::fill_\w+\(hexad::Kernels&\)", name)}
+    assert not leaked
