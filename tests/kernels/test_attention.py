@@ -224,7 +224,8 @@ def test_rotation_leaves_other_readers_values_alone(isa: str, alias: str) -> Non
     rng = np.random.default_rng(3)
     widths = {"embed": (50, 64), "q": (64, 64), "k": (64, 64), "v": (64, 64), "head": (50, 64)}
     weights = {
-        f"{name}.weight": dense(rng.normal(0, 0.3, shape).astype(np.float32)) for name, shape in widths.items()
+        f"{name}.weight": dense(rng.normal(0, 0.3, shape).astype(np.float32))
+        for name, shape in widths.items()
     }
     graph, rope = Graph(weights), RopeSpec(32, 32, 1e4)
     x = graph.embed("embed")
