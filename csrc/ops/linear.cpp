@@ -132,8 +132,8 @@ inline void quantised_tile(const typename Codec::Group* panel, const int32_t* in
       HEXAD_UNROLL
       for (int t = 0; t < W; ++t) {
         Quads quad = splat_quad(q + (c * W + t) * 4);
-        dot(acc[0][t], first, quad);
-        dot(acc[1][t], second, quad);
+        acc[0][t] = dot(acc[0][t], first, quad);
+        acc[1][t] = dot(acc[1][t], second, quad);
       }
     });
     F32 scale[2] = {Codec::scale(*group, 0), Codec::scale(*group, 1)};

@@ -137,7 +137,7 @@ int64_t dot_rate(int64_t iterations, int64_t* sink) {
   for (int c = 0; c < kChains; ++c) acc[c] = splat_int(c);
   for (int64_t i = 0; i < iterations; ++i) {
     HEXAD_UNROLL
-    for (int c = 0; c < kChains; ++c) dot(acc[c], x, x);
+    for (int c = 0; c < kChains; ++c) acc[c] = dot(acc[c], x, x);
   }
   HEXAD_UNROLL
   for (int c = 0; c < kChains; ++c) *sink += sum(acc[c]);

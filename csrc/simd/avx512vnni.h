@@ -70,8 +70,9 @@ inline I32 byte_of(Quads x, int index) {
 
 // acc + Σ over each quad of unsigned weight bytes × signed activation bytes, exact. Inline assembly because
 // GCC 12 copies and spills the accumulators of the intrinsic.
-inline void dot(I32& acc, Quads weights, Quads activations) {
+inline I32 dot(I32 acc, Quads weights, Quads activations) {
   asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(weights), "v"(activations));
+  return acc;
 }
 
 }  // namespace

@@ -148,9 +148,9 @@ inline Quads high_nibbles(Quads x) { return x >> 4 & 0x0F0F0F0Fu; }
 inline I32 byte_of(Quads x, int index) { return I32(x >> static_cast<uint32_t>(8 * index) & 255u); }
 
 // acc + Σ over each quad of unsigned weight bytes × signed activation bytes, exact.
-inline void dot(I32& acc, Quads weights, Quads activations) {
-  HEXAD_UNROLL
+inline I32 dot(I32 acc, Quads weights, Quads activations) {
   for (int b = 0; b < 4; ++b) acc += byte_of(weights, b) * (I32(activations << (24 - 8 * b)) >> 24);
+  return acc;
 }
 
 }  // namespace

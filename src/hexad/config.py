@@ -24,7 +24,7 @@ class EngineConfig:
     max_num_seqs: most sequences in one step.
     max_num_batched_tokens: most tokens in one step.
     kv_cache_gib: memory for the KV cache in GiB; None leaves it to the plan.
-    threads: CPU threads; None takes what affinity and the cgroup quota allow.
+    threads: CPU threads, at most what affinity and the cgroup quota allow; None takes all of these.
     seed: seeds the requests that bring no seed of their own; None draws one.
 
     Raises ConfigError.

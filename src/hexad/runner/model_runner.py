@@ -16,7 +16,7 @@ from hexad.graph.cost import KV_BYTES
 from hexad.graph.fuse import fuse
 from hexad.graph.ops import taken_rows
 from hexad.models import build_graph
-from hexad.placement.hardware import free_memory
+from hexad.placement.hardware import cpu_count, free_memory
 from hexad.placement.plan import Plan, plan
 from hexad.runner.batch import make_batch, make_sample_batch
 
@@ -42,7 +42,9 @@ class ModelRunner:
             self.graph, compiler, config, int(checkpoint.config["max_position_embeddings"])
         )
         self.limits = _limits(config, self.plan.max_model_len, self.plan.kv_blocks)
-        options = CompileOptions(config.compute, config.resolved_kv_dtype, config.threads)
+        # More threads than CPUs only wait for each other; results do not depend on their number.
+        threads = min(config.threads or cpu_count(), cpu_count())
+        options = CompileOptions(config.compute, config.resolved_kv_dtype, threads)
         self._executable: Executable | None = compiler.compile(
             self.graph, checkpoint.weights, options, self.limits
         )
