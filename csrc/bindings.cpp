@@ -160,6 +160,7 @@ NB_MODULE(_native, m) {
       .def_prop_ro("samples", &Program::samples)
       .def_prop_ro("vocab", &Program::vocab)
       .def_prop_ro("weight_bytes", &Program::weight_bytes)
+      .def_prop_ro("workspace_bytes", &Program::workspace_bytes)
       .def_prop_ro("isa", [](const Program& p) { return std::string(p.isa()); })
       .def_prop_ro("threads", &Program::threads);
 }

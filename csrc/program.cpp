@@ -347,6 +347,18 @@ int64_t Program::weight_bytes() const {
   return total;
 }
 
+int64_t Program::workspace_bytes() const {
+  const auto bytes = [](const auto& memory) { return static_cast<int64_t>(memory.get_deleter().bytes); };
+  int64_t total = bytes(quantised_tiles_) + bytes(dense_tiles_) + bytes(logits_tile_);
+  for (const Buffer& b : buffers_) total += bytes(b.data);
+  for (const Rope& rope : ropes_) total += bytes(rope.table);
+  for (const Scratch& s : scratch_)
+    total += bytes(s.rows) + bytes(s.tile) + bytes(s.dense_tile) + bytes(s.out[0]) + bytes(s.out[1]) +
+             bytes(s.strip) + bytes(s.attention) +
+             static_cast<int64_t>(s.candidates.capacity() * sizeof(Candidate));
+  return total;
+}
+
 void Program::forward(const BatchView& batch) {
   const Busy busy(busy_);
   require(sealed_, "the program is not sealed");

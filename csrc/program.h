@@ -124,6 +124,7 @@ class Program {
   int64_t samples() const { return samples_; }
   int64_t vocab() const;
   int64_t weight_bytes() const;
+  int64_t workspace_bytes() const;  // everything beside weights and cache
   const char* isa() const { return kernels_.isa; }
   int threads() const { return team_.size(); }
 

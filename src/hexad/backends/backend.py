@@ -87,9 +87,18 @@ class Executable(Protocol):
 
 
 class Backend(Protocol):
-    """Turns a graph into an executable."""
+    """Turns a graph into an executable, and says beforehand what that takes."""
 
     name: str
+
+    def weight_bytes(self, weight: Weight) -> int:
+        """Bytes of a weight in memory."""
+
+    def kv_block_bytes(self, graph: Graph, kv_dtype: Literal["f32", "f16"]) -> int:
+        """Bytes of one KV block: keys and values of 32 tokens in all layers."""
+
+    def workspace_bytes(self, graph: Graph, options: CompileOptions, limits: Limits) -> int:
+        """Bytes an executable takes beside weights and KV cache; what kv_blocks says does not matter."""
 
     def compile(
         self, graph: Graph, weights: Mapping[str, Weight], options: CompileOptions, limits: Limits

@@ -7,7 +7,8 @@ in the dtype asked for. Written to be read, not to be fast.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import ClassVar, cast
+from math import prod
+from typing import ClassVar, Literal, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +17,8 @@ from hexad.backends.backend import Batch, CompileOptions, Limits, SampleBatch
 from hexad.config import BLOCK_TOKENS
 from hexad.errors import BackendError
 from hexad.graph import Graph, Node, RopeSpec
+from hexad.graph.cost import kv_bytes_per_token
+from hexad.graph.ops import taken_rows
 from hexad.params import GREEDY_EPSILON
 from hexad.weights import Weight
 
@@ -26,6 +29,21 @@ class ReferenceBackend:
     """Implements `Backend`."""
 
     name = "reference"
+
+    def weight_bytes(self, weight: Weight) -> int:
+        """Every weight is kept as float32."""
+        return 4 * prod(weight.shape)
+
+    def kv_block_bytes(self, graph: Graph, kv_dtype: Literal["f32", "f16"]) -> int:
+        """Bytes of one KV block."""
+        return kv_bytes_per_token(graph, kv_dtype) * BLOCK_TOKENS
+
+    def workspace_bytes(self, graph: Graph, options: CompileOptions, limits: Limits) -> int:
+        """An estimate: four values alive at once, each the widest there is; logits of every sequence."""
+        widest = [0, 0]
+        for node, taken in zip(graph.nodes, taken_rows(graph), strict=True):
+            widest[taken] = max(widest[taken], node.features)
+        return 4 * 4 * (limits.max_rows * widest[False] + limits.max_seqs * widest[True])
 
     def compile(
         self, graph: Graph, weights: Mapping[str, Weight], options: CompileOptions, limits: Limits

@@ -35,7 +35,7 @@ def inspect(model: str, settings: Mapping[str, Any]) -> None:
     from hexad.graph.fuse import fuse
     from hexad.models import build_graph
     from hexad.placement import probe
-    from hexad.runner.model_runner import make_backend, packed_bytes, plan_memory
+    from hexad.runner.model_runner import make_backend, plan_memory, weight_bytes
 
     config = EngineConfig(**settings)
     console = Console(highlight=False)
@@ -55,7 +55,7 @@ def inspect(model: str, settings: Mapping[str, Any]) -> None:
             file=checkpoint.path.name,
             model=checkpoint.config,
             graph=graph,
-            packed=packed_bytes(graph, backend),
+            packed=weight_bytes(graph, backend),
             config=config,
             hardware=hardware,
             memory=memory,

@@ -8,13 +8,11 @@ from typing import cast
 
 from hexad.backends.backend import Backend, CompileOptions, Executable, Limits
 from hexad.checkpoint.checkpoint import Checkpoint
-from hexad.config import BLOCK_TOKENS, EngineConfig
+from hexad.config import EngineConfig
 from hexad.engine.step import ScheduledStep, StepResult
 from hexad.errors import BackendError, ConfigError
 from hexad.graph import Graph
-from hexad.graph.cost import KV_BYTES
 from hexad.graph.fuse import fuse
-from hexad.graph.ops import taken_rows
 from hexad.models import build_graph
 from hexad.placement.hardware import cpu_count, free_memory
 from hexad.placement.plan import Plan, plan
@@ -38,15 +36,11 @@ class ModelRunner:
         graph = build_graph(checkpoint.config, checkpoint.weights, checkpoint.path)
         # The reference stays the model as it was written down: what fuse does is checked against it.
         self.graph = graph if backend == "reference" else fuse(graph)
-        self.plan = plan_memory(
-            self.graph, compiler, config, int(checkpoint.config["max_position_embeddings"])
-        )
+        context = int(checkpoint.config["max_position_embeddings"])
+        self.plan = plan_memory(self.graph, compiler, config, context)
         self.limits = _limits(config, self.plan.max_model_len, self.plan.kv_blocks)
-        # More threads than CPUs only wait for each other; results do not depend on their number.
-        threads = min(config.threads or cpu_count(), cpu_count())
-        options = CompileOptions(config.compute, config.resolved_kv_dtype, threads)
         self._executable: Executable | None = compiler.compile(
-            self.graph, checkpoint.weights, options, self.limits
+            self.graph, checkpoint.weights, _options(config), self.limits
         )
 
     @property
@@ -69,8 +63,9 @@ class ModelRunner:
         return StepResult([[] if s.sample is None else [next(drawn)] for s in step.sequences])
 
     def close(self) -> None:
-        """Frees the weights and the KV cache."""
+        """Frees the weights and the KV cache, and lets go of the checkpoint's arrays."""
         self._executable = None
+        self.graph.weights = {}
 
 
 def make_backend(name: str) -> Backend:
@@ -88,38 +83,25 @@ def plan_memory(graph: Graph, backend: Backend, config: EngineConfig, context_le
     """
     limits = _limits(config, config.max_model_len or context_length, kv_blocks=0)
     return plan(
-        weight_bytes=sum(packed_bytes(graph, backend).values()),
-        kv_bytes_per_block=kv_block_bytes(graph, config),
-        workspace_bytes=_workspace_bytes(graph, backend, limits),
+        weight_bytes=sum(weight_bytes(graph, backend).values()),
+        kv_bytes_per_block=backend.kv_block_bytes(graph, config.resolved_kv_dtype),
+        workspace_bytes=backend.workspace_bytes(graph, _options(config), limits),
         config=config,
         context_length=context_length,
         free_bytes=free_memory(),
     )
 
 
-def packed_bytes(graph: Graph, backend: Backend) -> dict[str, int]:
+def weight_bytes(graph: Graph, backend: Backend) -> dict[str, int]:
     """Bytes in memory of each weight the graph reads, by name: a shared one is there once."""
-    from hexad.backends.cpu.layouts import layout_of
-
-    sizes = {}
-    for name in {name for node in graph.nodes for name in node.weights}:
-        weight = graph.weights[name]
-        if backend.name == "cpu" and len(weight.shape) == 2:
-            sizes[name] = layout_of(weight).nbytes(weight.shape)
-        else:  # float32
-            sizes[name] = 4
-            for dim in weight.shape:
-                sizes[name] *= dim
-    return sizes
+    names = {name for node in graph.nodes for name in node.weights}
+    return {name: backend.weight_bytes(graph.weights[name]) for name in names}
 
 
-def kv_block_bytes(graph: Graph, config: EngineConfig) -> int:
-    """Bytes of one KV block: keys and values of 32 tokens in all layers, heads padded to 32 features."""
-    features = 0
-    for node in graph.nodes:
-        if node.op in ("attention", "fused_attention"):
-            features += 2 * node.attrs["kv_heads"] * (-(-node.attrs["head_dim"] // 32) * 32)
-    return features * BLOCK_TOKENS * KV_BYTES[config.resolved_kv_dtype]
+def _options(config: EngineConfig) -> CompileOptions:
+    # More threads than CPUs only wait for each other; results do not depend on their number.
+    threads = min(config.threads or cpu_count(), cpu_count())
+    return CompileOptions(config.compute, config.resolved_kv_dtype, threads)
 
 
 def _limits(config: EngineConfig, max_model_len: int, kv_blocks: int) -> Limits:
@@ -129,13 +111,3 @@ def _limits(config: EngineConfig, max_model_len: int, kv_blocks: int) -> Limits:
         max_model_len=max_model_len,
         kv_blocks=kv_blocks,
     )
-
-
-def _workspace_bytes(graph: Graph, backend: Backend, limits: Limits) -> int:
-    """The backend's own figure if it has one; else four values alive at once, each the widest there is."""
-    if hasattr(backend, "workspace_bytes"):
-        return int(backend.workspace_bytes(graph, limits))
-    widest = [0, 0]
-    for node, taken in zip(graph.nodes, taken_rows(graph), strict=True):
-        widest[taken] = max(widest[taken], node.features)
-    return 4 * 4 * (limits.max_rows * widest[False] + limits.max_seqs * widest[True])

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TypeVar
+from math import prod
+from typing import Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,12 +13,19 @@ from hexad import _native
 from hexad.backends.backend import Batch, CompileOptions, Limits, SampleBatch
 from hexad.backends.cpu.layouts import layout_of
 from hexad.backends.cpu.lower import lower, plan_buffers
-from hexad.errors import BackendError
+from hexad.config import BLOCK_TOKENS
+from hexad.errors import BackendError, HexadError
 from hexad.graph import Graph
+from hexad.graph.cost import KV_BYTES
 from hexad.placement.hardware import cpu_count
 from hexad.weights import Weight
 
 T = TypeVar("T")
+
+_TILE_ROWS = 6
+"""Rows of an activation tile (csrc/kernels.h)."""
+_KERNEL_SCRATCH = 2 * 192 * 32 * 4 + 20 * 1024
+"""Bytes of a thread's panel outputs and unpacked strip (csrc/program_ops.h, csrc/ops/linear.h)."""
 
 
 class CpuBackend:
@@ -49,12 +57,48 @@ class CpuBackend:
         _checked(lambda: lower(graph, weights, program))
         return CpuExecutable(program)
 
-    def workspace_bytes(self, graph: Graph, limits: Limits) -> int:
-        """Bytes beside weights and KV cache: value buffers, activation tiles, 32 rows of logits."""
-        buffers = plan_buffers(graph)
-        widest = max(buffers.features, default=0)
-        per_row = 4 * sum(buffers.features) + widest * (4 + 2 * 44 / 32)
-        return int(limits.max_rows * per_row) + 32 * 4 * graph.vocab_size
+    def weight_bytes(self, weight: Weight) -> int:
+        """Matrices are packed into panels; the rest is float32."""
+        return layout_of(weight).nbytes(weight.shape) if len(weight.shape) == 2 else 4 * prod(weight.shape)
+
+    def kv_block_bytes(self, graph: Graph, kv_dtype: Literal["f32", "f16"]) -> int:
+        """Bytes of one KV block; heads are padded to 32 features (csrc/ops/attention.h)."""
+        attention = [n.attrs for n in graph.nodes if n.op in ("attention", "fused_attention")]
+        numbers: int = sum(2 * attrs["kv_heads"] * _padded(attrs["head_dim"]) for attrs in attention)
+        return numbers * BLOCK_TOKENS * KV_BYTES[kv_dtype]
+
+    def workspace_bytes(self, graph: Graph, options: CompileOptions, limits: Limits) -> int:
+        """Bytes of what csrc/program.cpp allocates: value buffers, activation tiles, RoPE tables, 32 rows of
+        logits, each thread's scratch."""
+        features = plan_buffers(graph).features
+        widest = _padded(max(features, default=1))
+        groups = widest // 32
+        outliers = min(groups, _TILE_ROWS * ((groups - 1) // 4))
+        tile = _TILE_ROWS * (4 * widest + 44 * (groups + outliers))  # float32 and int8
+        ropes = {node.attrs["rope"] for node in graph.nodes if node.attrs.get("rope") is not None}
+        per_row = 4 * (sum(features) + sum(rope.rotary_dim for rope in ropes))
+        attention = max(
+            (
+                (3 * _padded(n.attrs["head_dim"]) + 36) * max(48, n.attrs["heads"] // n.attrs["kv_heads"])
+                + 64 * _padded(n.attrs["head_dim"])
+                for n in graph.nodes
+                if n.op in ("attention", "fused_attention")
+            ),
+            default=0,
+        )
+        per_thread: int = (
+            4 * _TILE_ROWS * widest + tile + 4 * attention + 8 * graph.vocab_size + _KERNEL_SCRATCH
+        )
+        return (
+            limits.max_rows * per_row
+            + -(-limits.max_rows // _TILE_ROWS) * tile
+            + 32 * 4 * graph.vocab_size
+            + (options.threads or cpu_count()) * per_thread
+        )
+
+
+def _padded(features: int) -> int:
+    return -(-features // 32) * 32
 
 
 class CpuExecutable:
@@ -108,6 +152,8 @@ def _checked(call: Callable[[], T]) -> T:
     """The native core speaks in Python's own errors; its callers in BackendError."""
     try:
         return call()
+    except HexadError:
+        raise
     except (ValueError, TypeError, RuntimeError) as error:
         raise BackendError(f"The CPU backend refused: {error}") from error
     except MemoryError as error:
