@@ -28,6 +28,7 @@ void wait_while(const std::atomic<uint32_t>& word, uint32_t old) {
       if (word.load(std::memory_order_acquire) != old) return;
       pause();
     }
+    std::this_thread::yield();  // whoever is waited for may be queued on this very CPU
   } while (Clock::now() - begin < kSpin);
   while (word.load(std::memory_order_acquire) == old) word.wait(old, std::memory_order_acquire);
 }

@@ -76,8 +76,8 @@ class CpuBackend:
         outliers = min(groups, _TILE_ROWS * ((groups - 1) // 4))
         tile = _TILE_ROWS * (4 * widest + 44 * (groups + outliers))  # float32 and int8
         ropes = {node.attrs["rope"] for node in graph.nodes if node.attrs.get("rope") is not None}
-        per_row = 4 * (sum(features) + sum(rope.rotary_dim for rope in ropes))
-        attention = max(
+        per_row: int = 4 * (sum(features) + sum(rope.rotary_dim for rope in ropes))
+        attention: int = max(
             (
                 (3 * _padded(n.attrs["head_dim"]) + 36) * max(48, n.attrs["heads"] // n.attrs["kv_heads"])
                 + 64 * _padded(n.attrs["head_dim"])
