@@ -43,17 +43,23 @@ double probe_bandwidth(const Kernels& kernels, int threads) {
 
 double probe_int8(const Kernels& kernels, int threads) {
   ThreadTeam team(threads);
-  std::vector<int64_t> sinks(static_cast<size_t>(threads) * 8);
-  constexpr int64_t kIterations = 400'000;
+  struct alignas(64) Share {
+    int64_t macs = 0, sink = 0;
+  };
+  std::vector<Share> shares(static_cast<size_t>(threads));
+  constexpr double kRound = 0.01;  // seconds: long against waking a thread
   double best = 0;
   for (int round = 0; round < 4; ++round) {
+    for (Share& share : shares) share.macs = 0;
     const auto begin = Clock::now();
-    int64_t macs = 0;
     team.run([&](int member) {
-      const int64_t done = kernels.dot_rate(kIterations, &sinks[static_cast<size_t>(member) * 8]);
-      if (member == 0) macs = done;
+      Share& share = shares[static_cast<size_t>(member)];
+      while (seconds_since(begin) < kRound) share.macs += kernels.dot_rate(2000, &share.sink);
     });
-    best = std::max(best, static_cast<double>(macs) * threads / seconds_since(begin));
+    const double seconds = seconds_since(begin);
+    int64_t macs = 0;
+    for (const Share& share : shares) macs += share.macs;
+    best = std::max(best, static_cast<double>(macs) / seconds);
   }
   return best;
 }
