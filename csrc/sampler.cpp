@@ -38,10 +38,11 @@ float uniform(uint64_t seed, uint32_t sequence, uint32_t position) {
 int32_t sample_token(const Kernels& kernels, const float* logits, int64_t vocab, const SampleParams& params,
                      std::vector<Candidate>& kept) {
   const int64_t likeliest = kernels.argmax(logits, vocab);
+  const float largest = logits[likeliest];
+  if (!std::isfinite(largest)) return -1;
   constexpr float kGreedy = 1e-5f;
   if (params.temperature < kGreedy) return static_cast<int32_t>(likeliest);
 
-  const float largest = logits[likeliest];
   const double temperature = params.temperature;
   float threshold = -std::numeric_limits<float>::infinity();
   if (params.min_p > 0)
@@ -49,7 +50,6 @@ int32_t sample_token(const Kernels& kernels, const float* logits, int64_t vocab,
   kept.clear();
   for (int64_t i = 0; i < vocab; ++i)
     if (logits[i] >= threshold) kept.push_back({logits[i], static_cast<int32_t>(i)});
-  if (kept.empty()) return static_cast<int32_t>(likeliest);  // only NaNs
 
   auto weight = [&](const Candidate& c) { return std::exp((c.logit - largest) / params.temperature); };
   const bool cut_k = params.top_k > 0 && params.top_k < vocab;

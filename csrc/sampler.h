@@ -1,4 +1,4 @@
-// Draws one token from a row of logits. The definition is backends/reference.py's `sample`.
+// Draws one token from a row of logits; −1 where none is finite enough to draw. The definition is backends/reference.py's `sample`.
 #pragma once
 
 #include <cstdint>

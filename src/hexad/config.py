@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from hexad.checks import check_integer, check_number, shown
 from hexad.errors import ConfigError
 
 Compute = Literal["int8", "float"]
@@ -41,22 +42,28 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         if self.compute not in ("int8", "float"):
-            raise ConfigError(f"compute must be 'int8' or 'float', not {self.compute!r}.")
+            raise ConfigError(f"compute must be 'int8' or 'float', not {shown(self.compute)}.")
         if self.kv_dtype not in ("auto", "f32", "f16"):
-            raise ConfigError(f"kv_dtype must be 'auto', 'f32' or 'f16', not {self.kv_dtype!r}.")
+            raise ConfigError(f"kv_dtype must be 'auto', 'f32' or 'f16', not {shown(self.kv_dtype)}.")
         for field in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "threads"):
             value = getattr(self, field)
             if value is None and field in ("max_model_len", "threads"):
                 continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ConfigError(f"{field} must be a positive integer, not {value!r}.")
+            allowed = "a positive integer, at most 2**31 - 1"
+            check_integer(ConfigError, field, value, allowed, lambda v: 1 <= v < 2**31)
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise ConfigError(
                 f"max_num_batched_tokens ({self.max_num_batched_tokens}) must be at least max_num_seqs "
                 f"({self.max_num_seqs}): each running sequence needs a token per step."
             )
-        if self.kv_cache_gib is not None and not self.kv_cache_gib > 0:
-            raise ConfigError(f"kv_cache_gib must be positive, not {self.kv_cache_gib!r}.")
+        if self.kv_cache_gib is not None:
+            # No machine can address 2**33 GiB.
+            check_number(
+                ConfigError, "kv_cache_gib", self.kv_cache_gib, "above 0 and below 2**33",
+                lambda v: 0 < v < 2**33,
+            )  # fmt: skip
+        if self.seed is not None:
+            check_integer(ConfigError, "seed", self.seed, "None or an integer", lambda v: True)
 
     @property
     def resolved_kv_dtype(self) -> Literal["f32", "f16"]:

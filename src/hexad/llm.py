@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -10,9 +11,10 @@ from contextlib import contextmanager
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, TypeGuard
 
+from hexad.checks import shown
 from hexad.config import EngineConfig
 from hexad.engine.engine import Engine
-from hexad.errors import ConfigError, HexadError, ParamsError, PromptError
+from hexad.errors import CheckpointError, ConfigError, HexadError, ParamsError, PromptError
 from hexad.outputs import RequestOutput
 from hexad.params import SamplingParams
 
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from hexad.checkpoint.tokenizer import Tokenizer
+    from hexad.engine.request import Request
     from hexad.placement.plan import Plan
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
@@ -37,7 +40,9 @@ class LLM:
     An LLM is a context manager and belongs to one thread.
     """
 
-    def __init__(self, model: str = "smollm2:135m", *, backend: str = "cpu", **settings: Any) -> None:
+    def __init__(
+        self, model: str | os.PathLike[str] = "smollm2:135m", *, backend: str = "cpu", **settings: Any
+    ) -> None:
         from hexad.checkpoint.open import open_checkpoint
         from hexad.checkpoint.store import resolve
         from hexad.runner.executor import LocalExecutor
@@ -46,11 +51,13 @@ class LLM:
         self.config = _engine_config(settings)
         self._checkpoint = open_checkpoint(resolve(model))
         try:
+            self._checkpoint.check_tokenizer()
             # Both spend their time in native code, so they overlap.
             with ThreadPoolExecutor(1) as thread:
                 tokenizer = thread.submit(self._checkpoint.tokenizer)
                 self._runner = ModelRunner(self._checkpoint, self.config, backend)
                 self._tokenizer = tokenizer.result()
+            self._check_vocabulary()
         except BaseException:
             self._checkpoint.close()
             raise
@@ -65,7 +72,6 @@ class LLM:
             new_stream=self._tokenizer.stream,
         )
         self._request_ids = map(str, itertools.count())
-        self._streams: dict[str, RequestOutput | None] = {}
 
     def generate(
         self,
@@ -84,24 +90,25 @@ class LLM:
         """
         prompt_list = _as_list(prompts)
         params_list = _params_for(prompt_list, sampling_params)
-        request_ids: list[str] = []
-        finished: dict[str, RequestOutput] = {}
+        requests: dict[str, Request] = {}
         try:
             for i, (prompt, params) in enumerate(zip(prompt_list, params_list, strict=True)):
                 try:
-                    request_ids.append(self._add(prompt, params))
+                    request = self._add(prompt, params)
                 except HexadError as error:
                     error.add_note(f"It is prompt {i} of the {len(prompt_list)} given, counted from 0.")
                     raise
-            with _progress(len(request_ids), use_tqdm) as report:
-                while len(finished) < len(request_ids):
-                    outputs = self._step()
-                    finished.update((o.request_id, o) for o in outputs if o.finished)
-                    report(outputs)
+                requests[request.request_id] = request
+            left = len(requests)
+            with _progress(left, use_tqdm) as report:
+                while left:
+                    advanced = [r for r in self.engine.step() if r.request_id in requests]
+                    left -= sum(r.finished for r in advanced)
+                    report(advanced)
         finally:
-            for request_id in request_ids:
+            for request_id in requests:
                 self.engine.abort(request_id)
-        return [finished[request_id] for request_id in request_ids]
+        return [request.output() for request in requests.values()]
 
     def stream(
         self, prompt: Prompt, sampling_params: SamplingParams | None = None
@@ -110,19 +117,16 @@ class LLM:
 
         Raises PromptError at the first `next`.
         """
-        request_id = self._add(prompt, sampling_params or SamplingParams())
-        self._streams[request_id] = None
+        request = self._add(prompt, sampling_params or SamplingParams())
         try:
-            finished = False
+            seen, finished = 0, False
             while not finished:
-                while (output := self._streams[request_id]) is None:
-                    self._step()
-                self._streams[request_id] = None
-                finished = output.finished
-                yield output
+                while request.num_generated == seen:
+                    self.engine.step()
+                seen, finished = request.num_generated, request.finished
+                yield request.output()
         finally:
-            self.engine.abort(request_id)
-            del self._streams[request_id]
+            self.engine.abort(request.request_id)
 
     def get_tokenizer(self) -> Tokenizer:
         """The model's tokenizer."""
@@ -143,21 +147,18 @@ class LLM:
     ) -> None:
         self.close()
 
-    def _add(self, prompt: Prompt, params: SamplingParams) -> str:
-        text, token_ids = self._read(prompt)
-        request_id = next(self._request_ids)
-        self.engine.add_request(request_id, token_ids, params, prompt=text)
-        return request_id
+    def _check_vocabulary(self) -> None:
+        """Logits may be wider than the vocabulary (padded embeddings), but every token must have one."""
+        tokens, logits = self._tokenizer.vocab_size, self._runner.graph.vocab_size
+        if tokens > logits:
+            raise CheckpointError(
+                f"{self._checkpoint.path}: its tokenizer has {tokens} tokens, but its model has logits for "
+                f"{logits} only; the two do not belong together."
+            )
 
-    def _step(self) -> list[RequestOutput]:
-        """One engine step. Hands the outputs of open streams to these and returns the others."""
-        others = []
-        for output in self.engine.step():
-            if output.request_id in self._streams:
-                self._streams[output.request_id] = output
-            else:
-                others.append(output)
-        return others
+    def _add(self, prompt: Prompt, params: SamplingParams) -> Request:
+        text, token_ids = self._read(prompt)
+        return self.engine.add_request(next(self._request_ids), token_ids, params, prompt=text)
 
     def _read(self, prompt: Prompt) -> tuple[str | None, list[int]]:
         """A prompt's text, if it has one, and its tokens."""
@@ -200,8 +201,7 @@ def _is_token_id(value: object) -> bool:
 
 
 def _shown(value: object) -> str:
-    text = repr(value)
-    return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"
+    return f"{type(value).__name__} {shown(value)}"
 
 
 def _as_list(prompts: Any) -> list[Any]:
@@ -228,13 +228,13 @@ def _params_for(prompts: Sequence[Any], params: Any) -> list[SamplingParams]:
 
 
 @contextmanager
-def _progress(total: int, wanted: bool) -> Iterator[Callable[[list[RequestOutput]], None]]:
+def _progress(total: int, wanted: bool) -> Iterator[Callable[[list[Request]], None]]:
     """Shows requests done and generated tokens per second on stderr while the block runs.
 
-    Yields what is to be called with the outputs of each step: one new token each.
+    Yields what is to be called with the requests that got a token, after each step.
     """
     if not wanted or not sys.stderr.isatty():
-        yield lambda outputs: None
+        yield lambda advanced: None
         return
     import time
 
@@ -246,10 +246,10 @@ def _progress(total: int, wanted: bool) -> Iterator[Callable[[list[RequestOutput
         task = bar.add_task("", total=total, rate=0.0)
         tokens, begin = 0, time.perf_counter()
 
-        def report(outputs: list[RequestOutput]) -> None:
+        def report(advanced: list[Request]) -> None:
             nonlocal tokens
-            tokens += len(outputs)
+            tokens += len(advanced)
             rate = tokens / (time.perf_counter() - begin)
-            bar.update(task, advance=sum(o.finished for o in outputs), rate=rate)
+            bar.update(task, advance=sum(r.finished for r in advanced), rate=rate)
 
         yield report

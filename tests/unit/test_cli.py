@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import os
+import pty
+import select
 import signal
 import subprocess
 import sys
@@ -15,13 +17,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from tests.gguf_writer import llama, write
 
 from hexad.cli.chat import Conversation, read_message
 from hexad.errors import PromptError
-from hexad.outputs import CompletionOutput, RequestOutput
+from hexad.outputs import CompletionOutput, FinishReason, RequestOutput
 from hexad.params import SamplingParams
 
-COMMAND = [sys.executable, "-c", "from hexad.cli import main; main()"]
+COMMAND = [sys.executable, "-m", "hexad"]
 
 
 def hexad(*arguments: str, **settings: Any) -> subprocess.CompletedProcess[str]:
@@ -29,6 +32,46 @@ def hexad(*arguments: str, **settings: Any) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [*COMMAND, *arguments], capture_output=True, text=True, encoding="utf-8", timeout=120, **settings
     )
+
+
+class Terminal:
+    """A command whose stdin, stdout and stderr are one terminal."""
+
+    def __init__(self, *command: str, **environment: str) -> None:
+        self.fd, end = pty.openpty()
+        decisive = ("NO_COLOR", "FORCE_COLOR", "PY_COLORS", "GITHUB_ACTIONS", "TTY_COMPATIBLE")
+        inherited = {name: value for name, value in os.environ.items() if name not in decisive}
+        environment = {**inherited, "TERM": "xterm", "COLUMNS": "80"} | environment
+        self.process = subprocess.Popen(
+            command, stdin=end, stdout=end, stderr=end, env=environment, start_new_session=True
+        )
+        os.close(end)
+        self.text = ""
+
+    def type(self, text: str, *, after: str = "") -> None:
+        """Sends the keys once the screen shows `after`."""
+        while after not in self.text:
+            self._read()
+        os.write(self.fd, text.encode())
+
+    def finish(self) -> str:
+        """What was on the screen when the command had ended."""
+        try:
+            while self._read():
+                pass
+        except OSError:  # EIO: nobody has the other end any more
+            pass
+        self.process.wait(60)
+        os.close(self.fd)
+        return self.text.replace("\r\n", "\n")
+
+    def _read(self) -> bytes:
+        if not select.select([self.fd], [], [], 60)[0]:
+            self.process.kill()
+            pytest.fail(f"Nothing follows {self.text!r}.")
+        data = os.read(self.fd, 4096)
+        self.text += data.decode(errors="replace")
+        return data
 
 
 # --- what needs no model ---
@@ -49,6 +92,18 @@ def test_version() -> None:
     import hexad as package
 
     assert hexad("--version").stdout == f"hexad {package.__version__}\n"
+
+
+def test_a_model_with_an_unknown_tokenizer_can_be_inspected_but_not_run(tmp_path: Path) -> None:
+    path = tmp_path / "sentencepiece.gguf"
+    path.write_bytes(write(*llama(tokenizer__ggml__model="llama")))
+    shown = hexad("inspect", str(path))
+    assert (shown.returncode, shown.stderr) == (0, "")
+    assert "sentencepiece.gguf" in shown.stdout
+    refused = hexad("run", "hi", "-m", str(path))
+    assert (refused.returncode, refused.stdout) == (1, "")
+    assert refused.stderr.startswith("error:")
+    assert "its tokenizer is of kind 'llama'" in refused.stderr
 
 
 def test_the_default_model_is_the_same_everywhere() -> None:
@@ -118,7 +173,8 @@ def test_a_setting_out_of_range_is_an_error(option: str, value: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "stdin"), [([""], b""), (["-"], b""), ([], b" \n"), (["-"], b"\xff\xfe"), ([b"\xff"], b"")]
+    ("arguments", "stdin"),
+    [([""], b""), ([" \n"], b""), (["-"], b""), ([], b" \n"), (["-"], b"\xff\xfe"), ([b"\xff"], b"")],
 )
 def test_a_prompt_without_text_is_an_error(arguments: list[str | bytes], stdin: bytes) -> None:
     result = subprocess.run([*COMMAND, "run", *arguments], input=stdin, capture_output=True)
@@ -131,6 +187,70 @@ def test_list_shows_what_is_not_downloaded(tmp_path: Path) -> None:
     assert result.stdout.split() == ["smollm2:135m", "98.4", "MB", "not", "downloaded"]
 
 
+def shell(line: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs a line of sh in which `hexad` is the command."""
+    script = f'hexad() {{ "{sys.executable}" -m hexad "$@"; }}\n{line}'
+    return subprocess.run(
+        ["sh", "-c", script], capture_output=True, text=True, timeout=120, env={**os.environ, **environment}
+    )
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize("arguments", ["list", "--help", "--version", "run --help"])
+def test_a_full_stdout_is_an_error(arguments: str) -> None:
+    result = shell(f"hexad {arguments} >/dev/full")
+    assert result.stderr == "error: Input or output failed: No space left on device.\n"
+    assert result.returncode == 1
+
+
+@pytest.mark.parametrize("arguments", ["list", "--help", "chat", "run hi"])
+def test_a_closed_stdout_is_an_error(arguments: str) -> None:
+    result = shell(f"hexad {arguments} >&- </dev/null")
+    assert (result.returncode, result.stderr) == (1, "error: stdout: it is closed.\n")
+
+
+@pytest.mark.parametrize("arguments", ["chat", "run", "run -"])
+def test_a_closed_stdin_is_an_error_where_it_is_read(arguments: str) -> None:
+    assert_error(shell(f"hexad {arguments} <&-"), "stdin is closed")
+    assert shell("hexad list <&-").returncode == 0
+
+
+def test_a_closed_stderr_does_not_send_errors_to_stdout() -> None:
+    result = shell("hexad run '' 2>&-")
+    assert (result.returncode, result.stdout) == (1, "")
+
+
+def test_stdout_may_be_unable_to_show_a_character() -> None:
+    result = shell("hexad inspect --help", PYTHONIOENCODING="ascii")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "Usage" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("environment", "styled"), [({}, True), ({"NO_COLOR": "1"}, False), ({"TERM": "dumb"}, False)]
+)
+def test_escape_codes_can_be_turned_off(environment: dict[str, str], styled: bool) -> None:
+    assert ("\033" in Terminal(*COMMAND, "--help", **environment).finish()) is styled
+    note = Terminal(sys.executable, "-c", "from hexad.cli import note; note('word')", **environment)
+    assert note.finish() == ("\033[2mword\033[0m\n" if styled else "word\n")
+
+
+def test_reading_a_prompt_from_the_terminal_says_so() -> None:
+    terminal = Terminal(*COMMAND, "run", "-", "-m", "nonsense")
+    terminal.type("Hello?\n\4", after="Ctrl-D")
+    assert "nonsense" in terminal.finish()
+    assert terminal.process.returncode == 1
+
+
+def test_ctrl_c_leaves_the_shell_on_a_new_line() -> None:
+    terminal = Terminal(*COMMAND, "run", "-")
+    terminal.type("half a quest", after="\r\n")  # of the note
+    terminal.type("", after="half a quest")  # the terminal's echo
+    terminal.process.send_signal(signal.SIGINT)
+    assert terminal.finish().endswith("half a quest\n")
+    assert terminal.process.returncode == 130
+
+
 # --- conversations with a scripted model ---
 
 
@@ -140,6 +260,7 @@ class ScriptedLLM:
     def __init__(self) -> None:
         self.conversations: list[list[dict[str, str]]] = []
         self.interrupt_after: int | None = None
+        self.context = 1000
 
     def get_tokenizer(self) -> Any:
         return SimpleNamespace(
@@ -157,20 +278,25 @@ class ScriptedLLM:
         for n in range(1, len(answer) + 1):
             if n == self.interrupt_after:
                 os.kill(os.getpid(), signal.SIGINT)
-            reason = "stop" if n == len(answer) else None
+            cut = n in (params.max_tokens, self.context)
+            reason: FinishReason | None = "length" if cut else "stop" if n == len(answer) else None
             completion = CompletionOutput(0, answer[:n], list(range(n)), reason)
             yield RequestOutput("0", None, prompt["prompt_token_ids"], [completion], reason is not None)
+            if cut:
+                return
 
 
 @pytest.fixture
 def talk(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Types a text at a conversation and returns it when it is over."""
 
-    def run(typed: str, *, system: str | None = None, interrupt_after: int | None = None) -> Conversation:
+    def run(
+        typed: str, *, system: str | None = None, interrupt_after: int | None = None, context: int = 1000
+    ) -> Conversation:
         monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
         llm = ScriptedLLM()
-        llm.interrupt_after = interrupt_after
-        conversation = Conversation(llm, "scripted", SamplingParams(temperature=0), system)  # type: ignore[arg-type]
+        llm.interrupt_after, llm.context = interrupt_after, context
+        conversation = Conversation(llm, "scripted", SamplingParams(temperature=0, max_tokens=100), system)  # type: ignore[arg-type]
         conversation.loop()
         return conversation
 
@@ -203,12 +329,36 @@ def test_undo_clear_regen_and_system(talk: Any, capsys: Captured) -> None:
 
 
 def test_commands_on_an_empty_conversation(talk: Any, capsys: Captured) -> None:
-    talk("/undo\n/regen\n/clear\n/nonsense\n/help\n/exit\nnot read\n")
+    talk("/undo\n/regen\n/clear\n/nonsense\n/HELP\n/Quit\nnot read\n")
     out, err = capsys.readouterr()
     assert out == ""
     assert "nothing to answer" in err
     assert "no command /nonsense" in err
     assert "/regen" in err
+    assert max(map(len, err.splitlines())) <= 80
+
+
+def test_commands_that_change_something_say_so(talk: Any, capsys: Captured) -> None:
+    talk("/clear\n/system be brief\n/system\n/set top_k 5\n/save\n")
+    assert capsys.readouterr().err.splitlines() == [
+        "The conversation starts anew.",
+        "The system message is set.",
+        "There is no system message now.",
+        "top_k = 5",
+        "Give a file name: /save FILE.",
+    ]
+
+
+def test_an_answer_that_is_cut_off_says_by_which_limit(talk: Any, capsys: Captured) -> None:
+    talk("/set max_tokens 4\nlong enough\n/set max_tokens none\nlong enough\n", context=8)
+    out, err = capsys.readouterr()
+    assert out == "1:lo\n3:long e\n"
+    assert "cut off at 4 tokens; /set max_tokens raises it]" in err
+    assert "cut off: the context is full]" in err
+
+
+def test_chat_bounds_its_answers() -> None:
+    assert "[default: 1024]" in hexad("chat", "--help").stdout
 
 
 def test_set_changes_shows_and_checks_parameters(talk: Any, capsys: Captured) -> None:
@@ -224,13 +374,16 @@ def test_set_changes_shows_and_checks_parameters(talk: Any, capsys: Captured) ->
 
 def test_save_writes_a_new_file_only(talk: Any, tmp_path: Path, capsys: Captured) -> None:
     file = tmp_path / "talk.json"
-    talk(f"hello\n/save {file}\n/clear\n/save {file}\n/save\n", system="be brief")
+    talk(f"hello\n/save {file}\n/clear\n/save {file}\n/save ~nobody-at-all/x\n", system="be brief")
     assert json.loads(file.read_text()) == [
         {"role": "system", "content": "be brief"},
         {"role": "user", "content": "hello"},
         {"role": "assistant", "content": "2:hello"},
     ]
-    assert capsys.readouterr().err.count("not saved") == 2
+    err = capsys.readouterr().err
+    assert err.count(f"Saved to {file}.") == 1
+    assert f"not saved to {file}: File exists." in err
+    assert "not saved to ~nobody-at-all/x" in err
 
 
 def test_a_full_context_is_explained_and_survived(talk: Any, capsys: Captured) -> None:
@@ -299,6 +452,36 @@ def test_messages_of_several_lines(typed: str, message: str, monkeypatch: pytest
     read = read_message()
     assert read.strip() == message
     assert read.startswith("/") is False
+
+
+@pytest.mark.parametrize(
+    ("pasted", "message"),
+    [
+        ("one\n  two\n", " one\n  two"),
+        ("/home: not found\nwhy?", " /home: not found\nwhy?"),
+        ('"""one\ntwo"""', " one\ntwo"),
+        ("/clear\n", "/clear"),
+    ],
+)
+def test_a_paste_is_one_message(pasted: str, message: str) -> None:
+    readline = pytest.importorskip("readline")
+    if "GNU" not in readline.__doc__:
+        pytest.skip("libedit knows no bracketed paste")
+    script = "from hexad.cli.chat import *; edit_lines(); print(ascii(read_message()))"
+    terminal = Terminal(sys.executable, "-c", script)
+    pasted = pasted.replace("\n", "\r")  # as terminals send it
+    terminal.type(f"\033[200~{pasted}\033[201~", after="> ")
+    terminal.type("\r")
+    assert ascii(message) in terminal.finish()
+
+
+def test_a_dumb_terminal_gets_no_escape_codes_at_the_prompt() -> None:
+    script = "from hexad.cli.chat import *; edit_lines(); print(ascii(read_message()))"
+    terminal = Terminal(sys.executable, "-c", script, TERM="dumb")
+    terminal.type("hello\r", after="> ")
+    screen = terminal.finish()
+    assert "'hello'" in screen
+    assert "\033" not in screen
 
 
 # --- SmolLM2 ---
@@ -380,7 +563,7 @@ class TestSmolLM2:
         assert "limit" in result.stdout
         figures = json.loads(file.read_text())
         assert 0 < figures["token_median_s"] <= figures["token_p99_s"]
-        assert figures["decode_tok_s"] < figures["decode_limit_tok_s"]
+        assert min(figures["decode_tok_s"], figures["decode_limit_tok_s"]) > 0
         assert [len(timing["steps"]) for timing in figures["timings"]] == [3, 3]
 
     def test_bench_latency_of_a_batch(self) -> None:
@@ -392,6 +575,31 @@ class TestSmolLM2:
         result = hexad("inspect")
         assert result.returncode == 0, result.stderr
         assert "q4_1" in result.stdout.lower()
+
+    def test_what_stdout_cannot_show(self) -> None:
+        result = shell("hexad inspect", PYTHONIOENCODING="ascii")
+        assert (result.returncode, result.stderr) == (0, "")
+        assert "float ? " in result.stdout
+
+    @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+    @pytest.mark.parametrize("arguments", ["inspect", "run hi", "run hi --json --max-tokens 1", "chat"])
+    def test_a_full_stdout_is_an_error(self, arguments: str) -> None:
+        result = shell(f"echo hi | hexad {arguments} >/dev/full")
+        assert result.stderr == "error: Input or output failed: No space left on device.\n"
+        assert result.returncode == 1
+
+    def test_bench_keeps_its_figures_where_it_cannot_print_them(self, tmp_path: Path) -> None:
+        sizes = "--input-len 8 --output-len 4 --iters 1 --warmup 0"
+        file = tmp_path / "figures.json"
+        assert shell(f"hexad bench latency {sizes} --json {file} >&-").returncode == 1
+        assert not file.exists()  # known before it runs
+        if Path("/dev/full").exists():
+            assert shell(f"hexad bench latency {sizes} --json {file} >/dev/full").returncode == 1
+            assert json.loads(file.read_text())["decode_tok_s"] > 0
+
+    def test_a_terminal_sees_where_the_answer_is_cut_off(self) -> None:
+        screen = Terminal(*COMMAND, "run", "--raw", "1, 2, 3,", "--max-tokens", "4").finish()
+        assert screen.endswith("\033[2m[cut off at 4 tokens; --max-tokens raises it]\033[0m\n")
 
     def test_pull_prints_the_path_alone(self, smollm2_path: Path) -> None:
         result = hexad("pull")

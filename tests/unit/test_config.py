@@ -26,6 +26,17 @@ from hexad.errors import ConfigError
         ({"kv_cache_gib": 0}, "kv_cache_gib .* not 0"),
         ({"kv_cache_gib": -0.5}, r"kv_cache_gib .* not -0\.5"),
         ({"kv_cache_gib": float("nan")}, "kv_cache_gib .* not nan"),
+        ({"kv_cache_gib": float("inf")}, "kv_cache_gib .* not inf"),
+        ({"kv_cache_gib": 1e300}, r"kv_cache_gib .* below 2\*\*33, not 1e\+300"),
+        ({"kv_cache_gib": 10**400}, r"kv_cache_gib .* not 10+\.\.\."),
+        ({"kv_cache_gib": 10**5000}, "kv_cache_gib .* more digits than can be shown"),
+        ({"kv_cache_gib": "2"}, "kv_cache_gib must be a number .* not '2'"),
+        ({"kv_cache_gib": True}, "kv_cache_gib must be a number .* not True"),
+        ({"seed": [1]}, r"seed must be None or an integer, not \[1\]"),
+        ({"seed": "x"}, "seed must be None or an integer, not 'x'"),
+        ({"seed": True}, "seed .* not True"),
+        ({"threads": 2**31}, "threads .* not 2147483648"),
+        ({"compute": 10**5000}, "compute .* more digits than can be shown"),
     ],
 )
 def test_refuses(settings: dict[str, Any], message: str) -> None:
@@ -39,6 +50,11 @@ def test_refuses(settings: dict[str, Any], message: str) -> None:
 )
 def test_kv_dtype_follows_compute(compute: Any, kv_dtype: Any, resolved: str) -> None:
     assert EngineConfig(compute=compute, kv_dtype=kv_dtype).resolved_kv_dtype == resolved
+
+
+def test_accepts() -> None:
+    config = EngineConfig(kv_cache_gib=2, seed=-(2**70), threads=2**31 - 1)
+    assert (config.kv_cache_gib, config.seed, config.threads) == (2, -(2**70), 2**31 - 1)
 
 
 def test_is_frozen() -> None:

@@ -94,6 +94,8 @@ def test_kv_bytes(kv_dtype: Any, size: int) -> None:
     model = tiny_llama()
     for graph in (model.graph(), fuse(model.graph())):
         assert kv_bytes_per_token(graph, kv_dtype) == LAYERS * 2 * KV * size
+        assert kv_bytes_per_token(graph, kv_dtype, head_multiple=16) == LAYERS * 2 * KV * size
+        assert kv_bytes_per_token(graph, kv_dtype, head_multiple=24) == LAYERS * 2 * KV // 16 * 24 * size
         assert of(model, graph, kv_dtype=kv_dtype).total.kv_written_bytes == LAYERS * 2 * KV * size
 
 

@@ -10,6 +10,7 @@ from tests.fake_executor import FakeExecutor, FakeStream, generate_alone, next_t
 
 from hexad.config import EngineConfig
 from hexad.engine.engine import Engine
+from hexad.engine.request import Request
 from hexad.errors import PromptError
 from hexad.outputs import CompletionOutput
 from hexad.params import SamplingParams
@@ -35,7 +36,7 @@ def finish(engine: Engine, prompt: list[int], **params: Any) -> CompletionOutput
     engine.add_request("r", prompt, SamplingParams(**params))
     outputs = []
     while engine.has_unfinished:
-        outputs += engine.step()
+        outputs += [request.output() for request in engine.step()]
     assert [o.finished for o in outputs] == [False] * (len(outputs) - 1) + [True]
     assert engine.scheduler.blocks.num_allocated == 0
     return outputs[-1].outputs[0]
@@ -47,6 +48,7 @@ def finish(engine: Engine, prompt: list[int], **params: Any) -> CompletionOutput
         ([], {}, "empty"),
         ([1, 2, VOCAB], {}, rf"id {VOCAB} at position 2 .* 999"),
         ([5, -1], {}, "id -1 at position 1"),
+        ([10**5000], {}, "id int of more digits than can be shown at position 0"),
         ([1] * 256, {}, "has 256 tokens; with a context of 256 at most 255"),
         ([1] * 300, {"max_tokens": None}, "has 300 tokens"),
         (
@@ -131,7 +133,7 @@ def test_abort_frees_at_once_and_leaves_the_others_alone() -> None:
     assert engine.abort("no such request") is None
     outputs = {}
     while engine.has_unfinished:
-        outputs.update((o.request_id, o) for o in engine.step())
+        outputs.update((r.request_id, r.output()) for r in engine.step())
     for name in "ac":
         tokens, _ = generate_alone(
             [ord(name)] * 40, seed=3, max_len=60, stop_ids=frozenset(), vocab_size=VOCAB
@@ -143,11 +145,36 @@ def test_abort_frees_at_once_and_leaves_the_others_alone() -> None:
 def test_outputs_are_plain_data_of_their_own() -> None:
     engine = make_engine()
     engine.add_request("r", [1, 2], SamplingParams(max_tokens=3), prompt="one two")
-    (first,) = engine.step()
+    (request,) = engine.step()
+    first = request.output()
     saved = pickle.dumps(first)
     engine.step()
     assert first == pickle.loads(saved)
     assert (first.prompt, first.prompt_token_ids, first.request_id) == ("one two", [1, 2], "r")
+
+
+def test_what_is_done_to_an_output_or_a_prompt_stays_there() -> None:
+    engine = make_engine()
+    prompt = [1, 2, 3]
+    request = engine.add_request("r", prompt, SamplingParams(max_tokens=4, seed=1))
+    prompt.clear()
+    while engine.has_unfinished:
+        engine.step()
+        output = request.output()
+        output.prompt_token_ids.append(99)
+        output.outputs[0].token_ids.clear()
+    tokens, _ = generate_alone([1, 2, 3], seed=1, max_len=7, stop_ids=frozenset(), vocab_size=VOCAB)
+    output = request.output()
+    assert (output.prompt_token_ids, output.outputs[0].token_ids) == ([1, 2, 3], tokens)
+
+
+def test_a_step_makes_no_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are copies of all tokens so far: made at every step they would cost the square of the length."""
+    monkeypatch.setattr(Request, "output", lambda request: pytest.fail("an output was made"))
+    engine = make_engine()
+    request = engine.add_request("r", [1, 2], SamplingParams(max_tokens=3))
+    assert [engine.step() for _ in range(3)] == [[request]] * 3
+    assert (request.num_generated, request.finished, request.finish_reason) == (3, True, "length")
 
 
 def test_steps_are_plain_data_of_their_own() -> None:

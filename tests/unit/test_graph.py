@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,78 +25,179 @@ def test_llama_is_built_as_the_paper_has_it() -> None:
     assert tiny_llama(tied=False).graph().nodes[-1].weights == ("lm_head.weight",)
 
 
-@pytest.mark.parametrize(
-    "shape", [{}, {"attention_bias": True}, {"kv_heads": 4}, {"head_dim": 32, "tied": False}]
-)
-def test_every_model_keeps_the_shape_rules(shape: dict[str, Any]) -> None:
-    graph = tiny_llama(**shape).graph()
-    ops.check(graph)
-    ops.check(fuse(graph))
-
-
 def test_the_catalogue_defines_every_op() -> None:
     assert all(type(op).__doc__ for op in ops.OPS.values())
     graph = tiny_llama().graph()
     assert {node.op for node in (*graph.nodes, *fuse(graph).nodes)} == set(ops.OPS)
 
 
-def _change(op: str, /, **changes: Any) -> Callable[[Graph], None]:
-    def change(graph: Graph) -> None:
-        place = next(i for i, node in enumerate(graph.nodes) if node.op == op)
-        node = graph.nodes[place]
-        attrs = {**node.attrs, **changes.get("attrs", {})}
-        graph.nodes[place] = replace(node, **{**changes, "attrs": attrs})
-
-    return change
+ROPE = RopeSpec(16, 16, 1e4)
+HEADS = {"layer": 0, "heads": 4, "kv_heads": 2, "head_dim": 16, "scale": 0.25}
+ATTN = "model.layers.0.self_attn.{}_proj.weight".format
+MLP = "model.layers.0.mlp.{}_proj.weight".format
+NORM = "model.layers.0.input_layernorm.weight"
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (_change("norm", op="softmax"), r"node 1 \(softmax\): unknown op"),
-        (_change("norm", inputs=()), r"node 1 \(norm\): 0 inputs; it takes 1"),
-        (_change("norm", inputs=(7,)), r"node 1 \(norm\): reads \(7,\)"),
-        (_change("norm", weights=("gone",)), r"node 1 \(norm\): tensor gone is missing"),
-        (_change("norm", weights=("model.layers.0.mlp.up_proj.weight",)), r"norm weight \(96, 64\) for 64"),
-        (_change("linear", weights=("model.layers.0.mlp.down_proj.weight",)), "96 input features on 64"),
-        (_change("linear", weights=("model.norm.weight",)), r"a matrix of shape \(64,\)"),
-        (_change("linear", features=65), "makes 64 features, not 65"),
-        (_change("rope", attrs={"rope": RopeSpec(48, 48, 1e4)}), "64 features are no whole heads"),
-        (_change("attention", attrs={"kv_heads": 4}), r"features, not \(64, 64, 64\)"),
-        (_change("gated", attrs={"act": "tanh"}), "unknown activation 'tanh'"),
-        (_change("add", inputs=(0, 2)), None),
-        (_change("add", inputs=(0, 3)), "64 features plus 32"),
-    ],
-)
-def test_a_broken_graph_names_the_node(change: Callable[[Graph], None], message: str | None) -> None:
-    graph = tiny_llama().graph()
-    change(graph)
-    if message is None:
-        ops.check(graph)
-        return
-    with pytest.raises(ValueError, match=message):
-        ops.check(graph)
+def _after_qkv() -> Graph:
+    """Values 0 … 4: the embedding, its norm, q [64], k [32] and v [32]."""
+    graph = Graph(tiny_llama(attention_bias=True).weights)
+    h = graph.norm(graph.embed("model.embed_tokens"), "model.layers.0.input_layernorm", eps=1e-5)
+    for name in "qkv":
+        graph.linear(h, f"model.layers.0.self_attn.{name}_proj")
+    return graph
+
+
+def _fused(epilogue: str, *names: str, norm: str | None = None, act: str | None = None) -> dict[str, Any]:
+    """attrs of a fused_linear."""
+    projections = tuple((name, None) for name in names)
+    return {"norm": norm, "eps": 0.0, "projections": projections, "epilogue": epilogue, "act": act}
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("op", "inputs", "weights", "attrs", "features"),
     [
-        (_change("fused_linear", attrs={"epilogue": "sum"}), "unknown epilogue 'sum'"),
-        (_change("fused_linear", attrs={"epilogue": "add"}), "1 inputs for 'add'"),
+        ("linear", (1,), (MLP("up"),), {}, 96),
+        ("linear", (1,), (ATTN("k"), ATTN("k").replace("weight", "bias")), {}, 32),
+        ("rope", (3,), (), {"rope": ROPE}, 32),
+        ("attention", (2, 3, 4), (), HEADS, 64),
+        ("gated", (3, 4), (), {"act": "silu"}, 32),
+        ("add", (0, 2), (), {}, 64),
+        ("take_rows", (3,), (), {}, 32),
+        ("logits", (0,), ("model.embed_tokens.weight",), {}, 160),
+        ("fused_linear", (0,), (ATTN("q"), ATTN("k")), _fused("store", ATTN("q"), ATTN("k")), 96),
+        ("fused_linear", (0, 2), (ATTN("o"),), _fused("add", ATTN("o")), 64),
         (
-            _change("fused_linear", attrs={"epilogue": "gated"}),
-            r"a gate and an up of \[64, 32, 32\] features",
+            "fused_linear",
+            (0,),
+            (MLP("gate"), MLP("up")),
+            _fused("gated", MLP("gate"), MLP("up"), act="silu"),
+            96,
         ),
-        (_change("fused_attention", attrs={"offsets": (0, 64, 97)}), "columns 97…129 of 128"),
-        (_change("fused_attention", attrs={"offsets": (-1, 64, 96)}), "columns -1…63 of 128"),
-        (_change("fused_logits", weights=("model.embed_tokens.weight",) * 2), "norm weight"),
+        ("fused_attention", (2, 2, 2), (), {**HEADS, "offsets": (0, 0, 32), "rope": ROPE}, 64),
+        ("fused_logits", (0,), ("model.norm.weight", "model.embed_tokens.weight"), {}, 160),
     ],
 )
-def test_a_broken_fused_graph_names_the_node(change: Callable[[Graph], None], message: str) -> None:
-    graph = fuse(tiny_llama().graph())
-    change(graph)
-    with pytest.raises(ValueError, match=message):
-        ops.check(graph)
+def test_the_shape_rules_give_the_width(
+    op: str, inputs: tuple[int, ...], weights: tuple[str, ...], attrs: dict[str, Any], features: int
+) -> None:
+    graph = _after_qkv()
+    value = graph.append(op, inputs, weights, **attrs)
+    assert value == 5
+    assert graph.nodes[value] == Node(op, inputs, weights, features, attrs)
+
+
+@pytest.mark.parametrize(
+    ("op", "inputs", "weights", "attrs", "message"),
+    [
+        ("norm", (0,), ("gone",), {}, "tensor gone is missing"),
+        ("norm", (0,), (MLP("up"),), {}, rf"tensor {MLP('up')} has shape \(96, 64\); \(64,\) expected"),
+        ("linear", (0,), (MLP("down"),), {}, f"tensor {MLP('down')} has 96 input features; 64 expected"),
+        ("linear", (0,), ("model.norm.weight",), {}, r"model\.norm\.weight has shape \(64,\); 2 dimensions"),
+        ("linear", (0,), (MLP("up"), "model.norm.weight"), {}, r"model\.norm\.weight .* \(96,\) expected"),
+        ("logits", (3,), ("model.embed_tokens.weight",), {}, "has 64 input features; 32 expected"),
+        (
+            "rope",
+            (3,),
+            (),
+            {"rope": RopeSpec(48, 48, 1e4)},
+            f"after {ATTN('k')}: 32 features are no whole heads of 48",
+        ),
+        (
+            "attention",
+            (2, 3, 4),
+            (),
+            {**HEADS, "kv_heads": 4},
+            "key projection makes 32 features; 4 heads of 16 need 64",
+        ),
+        ("attention", (2, 3, 2), (), HEADS, "value projection makes 64 features; 2 heads of 16 need 32"),
+        (
+            "attention",
+            (2, 3, 4),
+            (),
+            {**HEADS, "heads": 3},
+            "query projection makes 64 features; 3 heads of 16 need 48",
+        ),
+        (
+            "attention",
+            (3, 2, 2),
+            (),
+            {**HEADS, "heads": 2, "kv_heads": 4},
+            "2 query heads do not share 4 KV heads",
+        ),
+        (
+            "gated",
+            (2, 3),
+            (),
+            {"act": "silu"},
+            f"after {ATTN('q')}, {ATTN('k')}: gate has 64 features and up 32",
+        ),
+        (
+            "add",
+            (0, 3),
+            (),
+            {},
+            f"after model.embed_tokens.weight, {ATTN('k')}: cannot add 64 to 32 features",
+        ),
+        (
+            "fused_linear",
+            (0,),
+            (NORM, MLP("down")),
+            _fused("store", MLP("down"), norm=NORM),
+            f"tensor {MLP('down')} has 96 input features; 64 expected",
+        ),
+        (
+            "fused_linear",
+            (3,),
+            (NORM, ATTN("q")),
+            _fused("store", ATTN("q"), norm=NORM),
+            rf"tensor {NORM} has shape \(64,\); \(32,\) expected",
+        ),
+        ("fused_linear", (0, 3), (ATTN("o"),), _fused("add", ATTN("o")), "cannot add 64 to 32 features"),
+        (
+            "fused_linear",
+            (0,),
+            (ATTN("q"), ATTN("k")),
+            _fused("gated", ATTN("q"), ATTN("k"), act="silu"),
+            "gate has 64 features and up 32",
+        ),
+        (
+            "fused_attention",
+            (2, 3, 4),
+            (),
+            {**HEADS, "offsets": (0, 0, 1), "rope": None},
+            "columns 1…33 of 32",
+        ),
+        (
+            "fused_attention",
+            (2, 3, 4),
+            (),
+            {**HEADS, "offsets": (-1, 0, 0), "rope": None},
+            "columns -1…63 of 64",
+        ),
+        (
+            "fused_logits",
+            (0,),
+            ("model.embed_tokens.weight",) * 2,
+            {},
+            r"has shape \(160, 64\); \(64,\) expected",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_named(
+    op: str, inputs: tuple[int, ...], weights: tuple[str, ...], attrs: dict[str, Any], message: str
+) -> None:
+    graph = _after_qkv()
+    with pytest.raises(CheckpointError, match=message):
+        graph.append(op, inputs, weights, **attrs)
+    assert len(graph.nodes) == 5
+
+
+def test_attrs_no_model_has_are_the_programmers_mistake() -> None:
+    graph = _after_qkv()
+    with pytest.raises(ValueError, match="unknown activation 'tanh'"):
+        graph.gated(3, 4, "tanh")
+    with pytest.raises(ValueError, match="unknown epilogue 'sum'"):
+        graph.append("fused_linear", (0,), (ATTN("q"),), **_fused("sum", ATTN("q")))
 
 
 def test_taken_rows_and_all_rows_do_not_mix() -> None:
@@ -106,12 +205,13 @@ def test_taken_rows_and_all_rows_do_not_mix() -> None:
     x = graph.embed("t")
     taken = graph.take_rows(x)
     assert ops.taken_rows(graph) == [False, True]
-    graph.nodes.append(Node("add", (x, taken), (), 4))
-    with pytest.raises(ValueError, match="mixes all rows of the batch with the taken ones"):
-        ops.check(graph)
-    graph.nodes[-1] = Node("take_rows", (taken,), (), 4)
-    with pytest.raises(ValueError, match="needs all rows of the batch"):
-        ops.check(graph)
+    graph.add(x, taken)
+    with pytest.raises(ValueError, match=r"node 2 \(add\): mixes all rows of the batch with the taken ones"):
+        ops.taken_rows(graph)
+    graph.nodes.pop()
+    graph.take_rows(taken)
+    with pytest.raises(ValueError, match=r"node 2 \(take_rows\): needs all rows of the batch"):
+        ops.taken_rows(graph)
 
 
 # Checkpoints that do not hold what they say.

@@ -2,30 +2,38 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
 import io
 import itertools
 import sys
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.gguf_writer import llama, write
 from tests.tiny_models import tiny_llama
 
 from hexad import LLM, SamplingParams
 from hexad.checkpoint.checkpoint import Checkpoint
 from hexad.checkpoint.store import DEFAULT_MODEL
+from hexad.engine.request import Request
 from hexad.engine.step import ScheduledStep, StepResult
 from hexad.errors import (
     BackendError,
+    CheckpointError,
     ConfigError,
     HexadError,
     InsufficientMemoryError,
     ModelNotFoundError,
     ParamsError,
     PromptError,
+    TokenizerError,
+    UnsupportedError,
 )
+from hexad.outputs import RequestOutput
 
 GREEDY = SamplingParams(temperature=0, max_tokens=6)
 VOCAB = 160
@@ -42,6 +50,7 @@ class ByteStream:
 class ByteTokenizer:
     """A token is a character."""
 
+    vocab_size = VOCAB
     eos_ids = frozenset({VOCAB - 1})
 
     def encode(self, text: str, *, add_special: bool = True) -> list[int]:
@@ -215,6 +224,25 @@ def test_stream_grows_to_what_generate_gives(llm: LLM) -> None:
     assert outputs[-1].outputs == expected.outputs
 
 
+def test_outputs_are_made_when_they_are_wanted(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By generate once for each request, by stream at each of its own steps, however many run beside it."""
+    made, output = [], Request.output
+
+    def counted(request: Request) -> RequestOutput:
+        made.append(request.request_id)
+        return output(request)
+
+    monkeypatch.setattr(Request, "output", counted)
+    stream = llm.stream("abc", SamplingParams(temperature=0, max_tokens=30, ignore_eos=True))
+    first = next(stream)
+    assert made == [first.request_id]
+    outputs = llm.generate(["abc", "xyz"], GREEDY)
+    assert made[1:] == [o.request_id for o in outputs]
+    seen = list(stream)  # what came while it was not looked at comes at once
+    assert len(seen[0].outputs[0].token_ids) > 2
+    assert made[3:] == [first.request_id] * len(seen)
+
+
 def test_closing_a_stream_aborts_it(llm: LLM) -> None:
     stream = llm.stream("a" * 40, SamplingParams(max_tokens=None, ignore_eos=True))
     next(stream)
@@ -248,13 +276,24 @@ def test_close(checkpoints: list[Checkpoint]) -> None:
     assert not llm.engine.has_unfinished
 
 
+def test_close_lets_go_of_the_weights(checkpoints: list[Checkpoint]) -> None:
+    llm = LLM("tiny", backend="reference")
+    llm.generate("abc", GREEDY)
+    weights = checkpoints[0].weights.values()
+    arrays = [weakref.ref(array) for weight in weights for array in weight.arrays.values()]
+    del weights
+    llm.close()
+    gc.collect()
+    assert [array() for array in arrays] == [None] * len(arrays)
+
+
 def test_plan_and_config(checkpoints: list[Checkpoint]) -> None:
     with LLM("tiny", backend="reference", max_model_len=100, max_num_seqs=3, kv_dtype="f32") as llm:
         assert llm.config.max_model_len == 100
         assert llm.plan.max_model_len == 100
         assert llm.plan.kv_blocks == 3 * 4
-        # 2 layers × K and V × 2 heads × 32 tokens × 16 features padded to 32 × 4 bytes
-        assert llm.plan.kv_bytes == 12 * 2 * 2 * 2 * 32 * 32 * 4
+        # 2 layers × K and V × 2 heads × 32 tokens × 16 features × 4 bytes
+        assert llm.plan.kv_bytes == 12 * 2 * 2 * 2 * 32 * 16 * 4
         stored = checkpoints[0].weights.values()
         assert llm.plan.weight_bytes == sum(w.nbytes for w in stored)
         assert "KV cache" in str(llm.plan)
@@ -286,6 +325,32 @@ def test_refused_before_loading(
     assert checkpoints[0].weights == {}, "the checkpoint was not closed"
 
 
+@pytest.mark.parametrize(
+    ("kind", "error"), [("llama", UnsupportedError), (None, TokenizerError), (3, TokenizerError)]
+)
+def test_a_tokenizer_of_an_unknown_kind_is_refused_before_packing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: Any, error: type[HexadError]
+) -> None:
+    path = tmp_path / "sentencepiece.gguf"
+    path.write_bytes(write(*llama(tokenizer__ggml__model=kind)))
+    monkeypatch.setattr("hexad.runner.model_runner.ModelRunner", lambda *_: pytest.fail("it was loaded"))
+    with pytest.raises(error, match=r"sentencepiece\.gguf.*tokenizer"):
+        LLM(path)
+
+
+@pytest.mark.parametrize("tokens", [VOCAB - 9, VOCAB, VOCAB + 1])
+def test_a_tokenizer_may_be_smaller_than_the_vocabulary_but_not_larger(
+    checkpoints: list[Checkpoint], monkeypatch: pytest.MonkeyPatch, tokens: int
+) -> None:
+    monkeypatch.setattr(ByteTokenizer, "vocab_size", tokens)
+    if tokens <= VOCAB:
+        LLM("tiny", backend="reference").close()
+        return
+    with pytest.raises(CheckpointError, match=f"tiny: its tokenizer has {tokens} tokens.* for {VOCAB} only"):
+        LLM("tiny", backend="reference")
+    assert checkpoints[0].weights == {}, "the checkpoint was not closed"
+
+
 def test_weights_that_do_not_fit(checkpoints: list[Checkpoint], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hexad.runner.model_runner.free_memory", lambda: 200_000)
     with pytest.raises(InsufficientMemoryError, match=r"weights .* free"):
@@ -305,6 +370,12 @@ def test_the_default_model_is_the_stores() -> None:
 def test_model_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(ModelNotFoundError, match=r"nothing\.gguf"):
         LLM(str(tmp_path / "nothing.gguf"))
+    with pytest.raises(ModelNotFoundError, match=r"nothing\.gguf"):
+        LLM(tmp_path / "nothing.gguf")
+    model: Any
+    for model in (None, 5, "x" * 5000, "~nosuch/x.gguf"):
+        with pytest.raises(ModelNotFoundError):
+            LLM(model)
 
 
 class Terminal(io.StringIO):

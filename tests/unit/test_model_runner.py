@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-from tests.tiny_models import tiny_llama
+from tests.tiny_models import dense, tiny_llama
 
 from hexad.backends.backend import CompileOptions, Limits
 from hexad.backends.cpu import CpuBackend
@@ -14,6 +15,7 @@ from hexad.backends.reference import ReferenceBackend
 from hexad.checkpoint.checkpoint import Checkpoint
 from hexad.config import EngineConfig
 from hexad.engine.step import SampleSpec, ScheduledSequence, ScheduledStep
+from hexad.errors import BackendError
 from hexad.graph.fuse import fuse
 from hexad.runner.model_runner import ModelRunner, make_backend, weight_bytes
 from hexad.weights import F16, Q4_0, Q4_1, Q8_0
@@ -53,6 +55,18 @@ def test_blocks_are_copied_before_anything_is_computed(runner: ModelRunner) -> N
     copied = ScheduledSequence("a", [9], 40, [6, 8], greedy(41))
     step = ScheduledStep([overwrite, copied], block_copies=[(3, 6), (1, 8)])
     assert runner.execute(step).token_ids == [[], *expected]
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_a_damaged_model_is_an_error_and_no_answer(backend: str) -> None:
+    model = tiny_llama()
+    weights = {**model.weights, "model.norm.weight": dense(np.full(64, np.nan, np.float32))}
+    checkpoint = Checkpoint(
+        Path("tiny"), model.config, weights, lambda: pytest.fail("no text here"), lambda: None
+    )
+    runner = ModelRunner(checkpoint, EngineConfig(max_num_seqs=4), backend)
+    with pytest.raises(BackendError, match="not finite"):
+        runner.execute(ScheduledStep([ScheduledSequence("a", PROMPT, 0, [3, 1], greedy(40))]))
 
 
 def test_reference_runs_the_graph_as_written(runner: ModelRunner) -> None:

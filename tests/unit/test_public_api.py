@@ -44,6 +44,14 @@ def test_importing_the_llm_brings_no_torch_and_no_front_end() -> None:
 def test_the_engine_is_plain_python() -> None:
     modules = imported_by("import hexad.engine.engine")
     engine = ("block_manager", "detokenizer", "engine", "request", "scheduler", "step")
-    expected = {"config", "errors", "outputs", "params", "engine", *(f"engine.{name}" for name in engine)}
+    expected = {
+        "checks",
+        "config",
+        "errors",
+        "outputs",
+        "params",
+        "engine",
+        *(f"engine.{name}" for name in engine),
+    }
     assert {m for m in modules if m.startswith("hexad.")} == {f"hexad.{name}" for name in expected}
     assert "numpy" not in modules

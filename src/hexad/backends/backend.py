@@ -77,7 +77,7 @@ class Executable(Protocol):
         """Computes all rows, writes their KV, and keeps what the wanted logits need."""
 
     def sample(self, params: SampleBatch) -> NDArray[np.int32]:
-        """One token per sample row of the last forward, int32 [n]."""
+        """One token per sample row of the last forward, int32 [n]; −1 where its logits are not finite."""
 
     def logits(self) -> NDArray[np.float32]:
         """The logits of the last forward's sample rows, float32 [n, vocab]."""

@@ -293,9 +293,10 @@ def sample_token(
 ) -> int:
     """The token drawn from logits l, float32 [vocab]. This text is the definition for every backend.
 
-    Greedy (temperature T < GREEDY_EPSILON): the largest logit, the lowest id of equals; NaNs are passed
-    over. Otherwise, with
-    l_max the largest logit and likelier meaning "larger logit, or equal and of lower id":
+    NaNs are passed over, as if their tokens did not exist. Where the largest of the others is not finite, or
+    there is none, nothing can be drawn and the answer is −1.
+    Greedy (temperature T < GREEDY_EPSILON): the largest logit, the lowest id of equals. Otherwise, with l_max
+    the largest logit and likelier meaning "larger logit, or equal and of lower id":
 
     1. min_p > 0 keeps l_i ≥ float32(l_max + T·ln(min_p)), the sum in float64: p_i ≥ min_p · p_max.
     2. top_k, if 0 < top_k < vocab, keeps the top_k likeliest of what is left, likeliest first.
@@ -308,12 +309,17 @@ def sample_token(
 
     The draw depends on nothing but the arguments. Backends may differ by the last bit of exp.
     """
+    ids = np.flatnonzero(~np.isnan(logits))
+    likeliest = int(ids[np.argmax(logits[ids])]) if len(ids) else 0
+    top = logits[likeliest]
+    if not np.isfinite(top):
+        return -1
     if temperature < GREEDY_EPSILON:
-        return int(np.argmax(np.where(np.isnan(logits), -np.inf, logits)))
-    top = np.max(logits)
-    ids = np.arange(len(logits))
+        return likeliest
     if min_p > 0:
-        ids = ids[logits >= np.float32(np.float64(top) + np.float64(temperature) * np.log(np.float64(min_p)))]
+        ids = ids[
+            logits[ids] >= np.float32(np.float64(top) + np.float64(temperature) * np.log(np.float64(min_p)))
+        ]
     if 0 < top_k < len(logits):
         ids = _likeliest_first(logits, ids)[:top_k]
 
@@ -327,7 +333,8 @@ def sample_token(
     words = philox4x32((position, sequence, 0, 0), (seed & 0xFFFFFFFF, seed >> 32))
     u = int(words[0] >> 8) * 2.0**-24
     sums = running_sums()
-    return int(ids[np.searchsorted(sums, u * sums[-1], side="right")])
+    drawn = np.searchsorted(sums, u * sums[-1], side="right")
+    return int(ids[min(drawn, len(ids) - 1)])
 
 
 def _likeliest_first(logits: Array, ids: NDArray[np.int64]) -> NDArray[np.int64]:

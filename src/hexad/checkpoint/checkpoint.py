@@ -32,8 +32,14 @@ class Checkpoint:
     weights: Mapping[str, Weight]
     _load_tokenizer: Callable[[], Tokenizer] = field(repr=False)
     _close: Callable[[], None] = field(repr=False)
+    _check_tokenizer: Callable[[], None] = field(default=lambda: None, repr=False)
     _tokenizer: Tokenizer | None = field(default=None, init=False, repr=False)
     _closed: bool = field(default=False, init=False, repr=False)
+
+    def check_tokenizer(self) -> None:
+        """Raises the UnsupportedError or TokenizerError of a tokenizer of a kind that hexad does not know,
+        without the work of making one."""
+        self._check_tokenizer()
 
     def tokenizer(self) -> Tokenizer:
         """The model's tokenizer, made at the first call.

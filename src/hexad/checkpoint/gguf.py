@@ -22,9 +22,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hexad.errors import CheckpointError, UnsupportedError
-from hexad.weights import Weight
-from hexad.weights.dense import DenseFormat
-from hexad.weights.ggml import FORMATS, TYPE_NAMES, BlockFormat
+from hexad.weights import Weight, WeightFormat
+from hexad.weights.ggml import FORMATS, TYPE_NAMES
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -329,7 +328,7 @@ class _TensorInfo(NamedTuple):
     """Where a tensor is: offset in the data section and size, in bytes; shape is row-major."""
 
     name: str
-    format: DenseFormat | BlockFormat
+    format: WeightFormat
     shape: tuple[int, ...]
     offset: int
     size: int

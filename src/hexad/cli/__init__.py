@@ -3,12 +3,14 @@ imported when it runs, so that `--help` is quick and `run` pays for nothing it d
 
 from __future__ import annotations
 
+import errno
+import io
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TextIO
 
 import typer
 from typer.core import TyperGroup
@@ -20,7 +22,11 @@ DEFAULT_MODEL = "smollm2:135m"
 
 
 class _Group(TyperGroup):
-    """Commands whose HexadErrors end in one line on stderr, and whose interruptions end quietly."""
+    """Commands whose errors end in one line on stderr, and whose interruptions end quietly."""
+
+    def make_context(self, *args: Any, **kwargs: Any) -> Any:
+        with _reported():  # --help and --version write, too
+            return super().make_context(*args, **kwargs)
 
     def invoke(self, ctx: Any) -> Any:
         with _reported():
@@ -30,22 +36,53 @@ class _Group(TyperGroup):
 @contextmanager
 def _reported() -> Iterator[None]:
     try:
-        yield
-        sys.stdout.flush()
+        _prepare_streams()
+        try:
+            yield
+        finally:
+            sys.stdout.flush()  # what cannot be written fails here, not as the interpreter leaves
     except HexadError as error:
         print_error(error)
         raise typer.Exit(1) from error
     except KeyboardInterrupt:
+        # The shell's prompt shall not follow what was being written.
+        if terminal := next((stream for stream in (sys.stderr, sys.stdout) if stream.isatty()), None):
+            print(file=terminal)
         raise typer.Exit(130) from None
-    except BrokenPipeError:
-        # The reader has left (`hexad run … | head`). Nothing may try to flush what it did not take.
+    except OSError as error:
+        # Nothing may try to flush again what stdout did not take.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        raise typer.Exit(141) from None
+        if isinstance(error, BrokenPipeError):  # the reader has left, as in `hexad run … | head`
+            raise typer.Exit(141) from None
+        print_error(HexadError(f"{error.filename or 'Input or output failed'}: {error.strerror or error}."))
+        raise typer.Exit(1) from error
+
+
+def _prepare_streams() -> None:
+    """Makes stdout and stderr fit to write to. Raises OSError if stdout is closed."""
+    if sys.stderr is None:  # Python's stand-in for a closed stream, which `print` takes for stdout
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115  (for as long as the process lives)
+    if sys.stdout is None:
+        raise OSError(errno.EBADF, "it is closed", "stdout")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A terminal that cannot show a character shows `?` instead of ending the program.
+        sys.stdout.reconfigure(errors="replace")
+    if os.environ.get("NO_COLOR"):
+        os.environ["TTY_COMPATIBLE"] = "0"  # rich would still write bold and dim text
 
 
 def print_error(error: HexadError) -> None:
     """Says on stderr what went wrong, with the notes added on the way up."""
     print("error:", " ".join([str(error), *getattr(error, "__notes__", [])]), file=sys.stderr)
+
+
+def note(text: str) -> None:
+    """A word beside the output: on stderr, dim on a terminal."""
+    print(f"\033[2m{text}\033[0m" if _takes_styles(sys.stderr) else text, file=sys.stderr)
+
+
+def _takes_styles(stream: TextIO) -> bool:
+    return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
 app = typer.Typer(
@@ -128,7 +165,7 @@ def run(
 def chat(
     model: ModelArgument = DEFAULT_MODEL,
     system: Annotated[str | None, typer.Option(help="The system message.")] = None,
-    max_tokens: Annotated[int | None, typer.Option(help="Most tokens in one answer.")] = None,
+    max_tokens: Annotated[int, typer.Option(help="Most tokens in one answer.")] = 1024,
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
     top_k: TopK = 0,
@@ -218,5 +255,6 @@ def _settings(threads: int | None, max_model_len: int | None, compute: str, kv_d
 
 
 def main() -> None:
-    """The entry point of the `hexad` script. Exit codes: 1 a HexadError, 2 wrong usage, 130 interrupted."""
+    """The entry point of the `hexad` script. Exit codes: 1 an error, 2 wrong usage, 130 interrupted,
+    141 the reader of stdout has left."""
     app()

@@ -61,7 +61,6 @@ def latency(
     figures = _figures(timings[warmup:], batch_size, input_len)
     if limits is not None:
         figures |= {"prefill_limit_tok_s": limits.prefill, "decode_limit_tok_s": limits.decode}
-    _print(model, figures, batch_size, input_len, output_len, iters)
     if json_file is not None:
         setup = {"model": model, "input_len": input_len, "output_len": output_len, "batch_size": batch_size}
         record = {**setup, **settings, **figures, "timings": [asdict(timing) for timing in timings[warmup:]]}
@@ -69,6 +68,7 @@ def latency(
             json_file.write_text(json.dumps(record, indent=2) + "\n")
         except OSError as error:
             raise ConfigError(f"The figures cannot be written to {json_file}: {error.strerror}.") from error
+    _print(model, figures, batch_size, input_len, output_len, iters)
 
 
 def _check_fits(llm: LLM, batch_size: int, length: int) -> None:
@@ -95,13 +95,13 @@ def _time_batch(llm: LLM, batch_size: int, input_len: int, output_len: int, seed
     first_tokens, steps = [], []
     previous = begin
     while engine.has_unfinished:
-        outputs = engine.step()
+        advanced = engine.step()
         now = time.perf_counter()
         if len(started) == batch_size:
             steps.append(now - previous)
-        for output in outputs:
-            if output.request_id not in started:
-                started.add(output.request_id)
+        for request in advanced:
+            if request.request_id not in started:
+                started.add(request.request_id)
                 first_tokens.append(now - begin)
         previous = now
     return Timing(first_tokens, steps)

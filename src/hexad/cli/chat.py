@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -13,8 +14,8 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from hexad.cli import print_error
-from hexad.cli.run import Answer, chat_prompt, check_text, generate, tolerant_stdout, write
+from hexad.cli import note, print_error
+from hexad.cli.run import Answer, chat_prompt, check_text, cut_off, generate, write
 from hexad.errors import HexadError, PromptError
 from hexad.params import SamplingParams
 
@@ -28,26 +29,37 @@ _HELP = '''\
 /system TEXT       set the system message; without TEXT remove it
 /set NAME VALUE    set a sampling parameter; without NAME VALUE show them all
 /save FILE         write the conversation to a new JSON file
-/exit              leave; so do Ctrl-D, and Ctrl-C twice
-"""                begins and ends a message of several lines; a \\ at the end of a line continues it
-A space before / makes it part of a message. Ctrl-C during an answer stops the answer.'''
+/exit, /quit       leave; so do Ctrl-D, and Ctrl-C twice
+"""                begins and ends a message of several lines;
+                   a \\ at the end of a line continues it, too
+A space before / makes it part of a message.
+Ctrl-C during an answer stops the answer.'''
 
 _SETTABLE = [field.name for field in fields(SamplingParams) if field.name != "ignore_eos"]
 
 
 def chat(model: str, system: str | None, params: SamplingParams, settings: Mapping[str, Any]) -> None:
     """Talks until the input ends or /exit. stdout gets the answers alone, stderr all other words."""
-    tolerant_stdout()
+    if sys.stdin is None:
+        raise PromptError("There is nobody to talk to, for stdin is closed.")
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="surrogateescape")  # so that `check_text` can refuse just this message
     if sys.stdin.isatty():
-        with contextlib.suppress(ImportError):
-            import readline  # noqa: F401  (gives `input` its line editing and history)
+        edit_lines()
 
     from hexad.llm import LLM
 
     with LLM(model, **settings) as llm:
         Conversation(llm, model, params, system).loop()
+
+
+def edit_lines() -> None:
+    """Gives `input` line editing and history, where Python has them, and takes a paste as one input."""
+    with contextlib.suppress(ImportError):
+        import readline
+
+        if os.environ.get("TERM") != "dumb":  # it takes escape codes
+            readline.parse_and_bind("set enable-bracketed-paste on")
 
 
 class Conversation:
@@ -64,18 +76,20 @@ class Conversation:
     def loop(self) -> None:
         """Reads and answers until the user leaves."""
         if sys.stdin.isatty():
-            _note(f"{self.model}. /help lists the commands, Ctrl-D leaves.")
+            note(f"{self.model}. /help lists the commands, Ctrl-D leaves.")
         interrupted = False
         while not self.left:
             try:
                 message = read_message()
             except EOFError:
+                _end_line()
                 return
             except KeyboardInterrupt:
                 if interrupted:
+                    _end_line()
                     return
                 interrupted = True
-                _note("\nCtrl-C again or Ctrl-D leaves.")
+                note("\nCtrl-C again or Ctrl-D leaves.")
                 continue
             interrupted = False
             try:
@@ -89,9 +103,9 @@ class Conversation:
     def command(self, line: str) -> None:
         """Carries out a /command."""
         name, _, argument = line[1:].strip().partition(" ")
-        action = _COMMANDS.get(name)
+        action = _COMMANDS.get(name.lower())
         if action is None:
-            _note(f"There is no command /{name}; /help lists them. A space before / makes it a message.")
+            note(f"There is no command /{name}; see /help. A space before / makes it a message.")
         else:
             action(self, argument.strip())
 
@@ -113,7 +127,7 @@ class Conversation:
                 self.messages.pop()
             else:
                 self.messages.append({"role": "assistant", "content": answer.text})
-        _note("[stopped]" if answer is None else _summary(answer))
+        note("[stopped]" if answer is None else _summary(answer, self.params))
 
     def _answer(self) -> Answer | None:
         """None if it was interrupted before it had anything to show."""
@@ -130,7 +144,7 @@ class Conversation:
 
     def _regen(self, _: str) -> None:
         if not self.messages:
-            _note("There is nothing to answer again.")
+            note("There is nothing to answer again.")
             return
         exchange = self.messages[-2:]
         del self.messages[-2:]
@@ -143,31 +157,39 @@ class Conversation:
 
     def _undo(self, _: str) -> None:
         del self.messages[-2:]
-        _note(f"{len(self.messages) // 2} exchanges remain.")
+        note(f"{len(self.messages) // 2} exchanges remain.")
 
     def _clear(self, _: str) -> None:
         self.messages.clear()
+        note("The conversation starts anew.")
 
     def _system(self, text: str) -> None:
         self.system = check_text(text) or None
+        note("The system message is set." if self.system else "There is no system message now.")
 
     def _set(self, argument: str) -> None:
         if not argument:
-            _note("\n".join(f"{name} = {getattr(self.params, name)}" for name in _SETTABLE))
+            note("\n".join(f"{name} = {getattr(self.params, name)}" for name in _SETTABLE))
             return
         name, _, value = argument.partition(" ")
         if name not in _SETTABLE:
-            _note(f"There is no parameter {name!r}; there are {', '.join(_SETTABLE)}.")
+            note(f"There is no parameter {name!r}; /set lists them.")
             return
         self.params = replace(self.params, **{name: _parsed(value.strip())})
+        note(f"{name} = {getattr(self.params, name)}")
 
     def _save(self, file: str) -> None:
+        if not file:
+            note("Give a file name: /save FILE.")
+            return
         system = [{"role": "system", "content": self.system}] if self.system else []
         try:
             with Path(file).expanduser().open("x", encoding="utf-8") as target:
                 json.dump(system + self.messages, target, ensure_ascii=False, indent=2)
-        except OSError as error:
-            _note(f"The conversation was not saved: {error}.")
+        except (OSError, RuntimeError, ValueError) as error:  # the latter: ~nobody/, a NUL in the name
+            note(f"The conversation was not saved to {file}: {getattr(error, 'strerror', None) or error}.")
+        else:
+            note(f"Saved to {file}.")
 
     def _exit(self, _: str) -> None:
         self.left = True
@@ -182,25 +204,34 @@ _COMMANDS: dict[str, Callable[[Conversation, str], None]] = {
     "set": Conversation._set,
     "save": Conversation._save,
     "exit": Conversation._exit,
+    "quit": Conversation._exit,
 }
 
 
 def read_message() -> str:
-    '''The next message on stdin: a line, lines joined by a trailing backslash, or a block between """.
+    '''The next message on stdin: a line, lines joined by a trailing backslash, a block between """, or lines
+    pasted at once.
 
-    Raises EOFError where there is none; the end of the input also ends a block.
+    A block or a paste begins with a space, so that it is never a command. Raises EOFError where there is no
+    message; the end of the input also ends a block.
     '''
-    line = _input("> ")
+    line = _input("> ").rstrip("\n")
+    pasted = "\n" in line
     if not line.startswith('"""'):
         while line.endswith("\\"):
             line = line[:-1] + "\n" + _input("… ")
-        return line
+        return " " + line if pasted else line
     lines = [line.removeprefix('"""')]
     with contextlib.suppress(EOFError):
         while not lines[-1].rstrip().endswith('"""'):
             lines.append(_input("… "))
-    # A space in front, so that a block is never a command.
     return " " + "\n".join(lines).rstrip().removesuffix('"""')
+
+
+def _end_line() -> None:
+    """Ends the line of the prompt, that the shell's may start on its own."""
+    if sys.stdin.isatty():
+        print(file=sys.stderr)
 
 
 def _input(prompt: str) -> str:
@@ -226,12 +257,12 @@ def _interruptions() -> Iterator[Callable[[], bool]]:
         signal.signal(signal.SIGINT, previous)
 
 
-def _summary(answer: Answer) -> str:
+def _summary(answer: Answer, params: SamplingParams) -> str:
     parts = [f"{answer.completion_tokens} tokens"]
     if answer.decode_speed is not None:
         parts.append(f"{answer.decode_speed:.1f} tok/s")
     if answer.finish_reason == "length":
-        parts.append("cut off: max_tokens or the context is used up")
+        parts.append(cut_off(answer, params, "/set max_tokens"))
     elif answer.finish_reason == "abort":
         parts.append("stopped")
     return f"[{', '.join(parts)}]"
@@ -245,8 +276,3 @@ def _parsed(value: str) -> Any:
         with contextlib.suppress(ValueError):
             return kind(value)
     return value
-
-
-def _note(text: str) -> None:
-    """A word beside the answer: on stderr, dim on a terminal."""
-    print(f"\033[2m{text}\033[0m" if sys.stderr.isatty() else text, file=sys.stderr)

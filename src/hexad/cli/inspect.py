@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -39,7 +40,7 @@ def inspect(model: str, settings: Mapping[str, Any]) -> None:
 
     config = EngineConfig(**settings)
     console = Console(highlight=False)
-    if console.width > WIDTH or not console.is_terminal:
+    if console.width > WIDTH or not sys.stdout.isatty():
         console.width = WIDTH
     with open_checkpoint(resolve(model)) as checkpoint:
         graph = fuse(build_graph(checkpoint.config, checkpoint.weights, checkpoint.path))

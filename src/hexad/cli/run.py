@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import sys
 import time
@@ -10,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from hexad.cli import note
 from hexad.errors import PromptError, TokenizerError
 
 if TYPE_CHECKING:
@@ -48,7 +48,6 @@ def run(
 ) -> None:
     """Streams the answer to stdout, or prints it as one JSON object when it is finished."""
     prompt = _read_prompt(prompt, raw=raw)
-    tolerant_stdout()
 
     from hexad.llm import LLM
 
@@ -65,6 +64,15 @@ def run(
         print(json.dumps({"model": model, "load": load, **asdict(answer)}, ensure_ascii=False))
     else:
         write("\n")
+        if answer.finish_reason == "length" and sys.stderr.isatty():
+            note(f"[{cut_off(answer, params, '--max-tokens')}]")
+
+
+def cut_off(answer: Answer, params: SamplingParams, setting: str) -> str:
+    """Which limit ended an answer whose finish_reason is "length". setting: what raises max_tokens."""
+    if answer.completion_tokens == params.max_tokens:
+        return f"cut off at {params.max_tokens} tokens; {setting} raises it"
+    return "cut off: the context is full"
 
 
 def chat_prompt(llm: LLM, messages: Sequence[Mapping[str, str]], model: str) -> list[int]:
@@ -116,12 +124,6 @@ def write(text: str) -> None:
     sys.stdout.flush()
 
 
-def tolerant_stdout() -> None:
-    """A terminal that cannot show a character shows `?` instead of ending the program."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")
-
-
 def check_text(text: str) -> str:
     """Text from a command line or a terminal. Raises PromptError if its bytes were no UTF-8."""
     try:
@@ -136,19 +138,23 @@ def _discard(text: str) -> None:
 
 
 def _read_prompt(prompt: str | None, *, raw: bool) -> str:
-    if prompt is None and sys.stdin.isatty():
-        import typer
-
-        raise typer.BadParameter(
-            "give one, or pipe a text in. `hexad chat` holds a conversation.", param_hint="PROMPT"
-        )
     if prompt is None or prompt == "-":
+        if sys.stdin is None:
+            raise PromptError("The prompt cannot be read, for stdin is closed; give it as an argument.")
+        if sys.stdin.isatty():
+            if prompt is None:
+                import typer
+
+                raise typer.BadParameter(
+                    "give one, or pipe a text in. `hexad chat` holds a conversation.", param_hint="PROMPT"
+                )
+            note("Ctrl-D on an empty line ends the prompt.")
         try:
             prompt = sys.stdin.buffer.read().decode()
         except UnicodeDecodeError as error:
             raise PromptError(f"The prompt on stdin is not valid UTF-8 (at byte {error.start}).") from error
         if not raw:
             prompt = prompt.strip()  # the last newline is the pipe's, not the question's
-    if not prompt:
+    if not (prompt if raw else prompt.strip()):
         raise PromptError("The prompt is empty.")
     return check_text(prompt)

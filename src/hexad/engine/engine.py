@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 
+from hexad.checks import shown
 from hexad.config import EngineConfig
 from hexad.engine.block_manager import BlockManager, blocks_for
 from hexad.engine.detokenizer import Detokenizer, TextStream
@@ -17,7 +18,7 @@ from hexad.params import SamplingParams
 
 
 class Engine:
-    """Requests in, RequestOutputs out. One caller at a time.
+    """Prompts in, Requests with new tokens out, step after step. One caller at a time.
 
     executor: computes the steps. max_model_len: longest sequence in tokens. kv_blocks: size of the KV cache
     in blocks. vocab_size: token ids are below it. eos_ids: tokens that end a generation. new_stream: makes
@@ -59,8 +60,9 @@ class Engine:
         params: SamplingParams,
         *,
         prompt: str | None = None,
-    ) -> None:
+    ) -> Request:
         """Queues a request under an id of the caller's choice; `prompt` is its text, passed on to the output.
+        Returns the request, which `step` carries on.
 
         Raises PromptError if it can never run: no tokens, ids outside the vocabulary, no room for a new token
         in the context, or more KV cache than there is.
@@ -69,7 +71,7 @@ class Engine:
         request = Request(
             request_id=request_id,
             prompt=prompt,
-            prompt_token_ids=prompt_token_ids,
+            token_ids=list(prompt_token_ids),
             params=params,
             seed=self._seeds.getrandbits(64) if params.seed is None else params.seed,
             max_len=max_len,
@@ -77,16 +79,17 @@ class Engine:
             detokenizer=Detokenizer(self._new_stream()),
         )
         self.scheduler.add(request)
+        return request
 
-    def step(self) -> list[RequestOutput]:
-        """Runs one step; there must be something to do. Returns the outputs, so far, of the requests that got
-        new tokens.
+    def step(self) -> list[Request]:
+        """Runs one step; there must be something to do. Returns the requests that got new tokens. They live
+        on: their `output()` is plain data, for whoever wants it at this step, and what a step costs does not
+        grow with the tokens generated before.
 
         If the executor raises, no request has advanced: the step may be repeated, or its requests aborted.
         """
         step = self.scheduler.schedule()
-        result = self.executor.execute(step)
-        return [request.output() for request in self.scheduler.update(step, result)]
+        return self.scheduler.update(step, self.executor.execute(step))
 
     def abort(self, request_id: str) -> RequestOutput | None:
         """Ends a request and frees its blocks at once. Returns its last output, or None if it has ended."""
@@ -106,7 +109,7 @@ class Engine:
                 (i, t) for i, t in enumerate(prompt_token_ids) if not 0 <= t < self.vocab_size
             )
             raise PromptError(
-                f"Token id {token_id} at position {position} of the prompt is outside the vocabulary "
+                f"Token id {shown(token_id)} at position {position} of the prompt is outside the vocabulary "
                 f"(0 … {self.vocab_size - 1})."
             )
         if num_prompt >= self.max_model_len:

@@ -57,10 +57,16 @@ class Scheduler:
 
     def update(self, step: ScheduledStep, result: StepResult) -> list[Request]:
         """Takes what the step computed and drew. Returns the requests that have new tokens, in scheduled
-        order; those that are finished by them have left the scheduler and hold no blocks."""
+        order; those that are finished by them have left the scheduler and hold no blocks.
+
+        A result that does not fit the step is refused before any request has changed.
+        """
+        drawn = [len(token_ids) for token_ids in result.token_ids]
+        wanted = [int(sequence.sample is not None) for sequence in step.sequences]
+        assert drawn == wanted, f"{drawn} tokens were drawn where the step asked for {wanted}"
+        requests = [self.requests[sequence.request_id] for sequence in step.sequences]
         advanced = []
-        for sequence, token_ids in zip(step.sequences, result.token_ids, strict=True):
-            request = self.requests[sequence.request_id]
+        for request, sequence, token_ids in zip(requests, step.sequences, result.token_ids, strict=True):
             request.num_computed += len(sequence.token_ids)
             for token_id in token_ids:
                 request.append(token_id)

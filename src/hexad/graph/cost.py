@@ -6,11 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from hexad.graph.graph import Graph, Node
+from hexad.graph.graph import Graph
+from hexad.graph.node import Node
 from hexad.graph.ops import OPS, taken_rows
 from hexad.weights import Weight
 
-KV_BYTES = {"f32": 4, "f16": 2}
+KVDtype = Literal["f32", "f16"]
+
+KV_BYTES: dict[KVDtype, int] = {"f32": 4, "f16": 2}
 """Bytes of one number in the KV cache, by kv_dtype."""
 
 FLOAT_SHARE = 4
@@ -64,7 +67,7 @@ def cost(
     *,
     rows: int,
     context: int,
-    kv_dtype: Literal["f32", "f16"],
+    kv_dtype: KVDtype,
     sample_rows: int = 1,
     weight_bytes: Mapping[str, int] | None = None,
 ) -> Cost:
@@ -90,8 +93,8 @@ def cost(
                 attention_macs=work.attention_macs,
                 other_flops=work.other_flops,
                 weight_bytes=sum(read.values()),
-                kv_read_bytes=work.kv_read * KV_BYTES[kv_dtype],
-                kv_written_bytes=work.kv_written * KV_BYTES[kv_dtype],
+                kv_read_bytes=kv_bytes(work.kv_read, kv_dtype),
+                kv_written_bytes=kv_bytes(work.kv_written, kv_dtype),
                 activation_bytes=4 * node_rows * (widths + node.features),
             )
         )
@@ -107,11 +110,23 @@ def cost(
     return Cost(tuple(nodes), total)
 
 
-def kv_bytes_per_token(graph: Graph, kv_dtype: Literal["f32", "f16"]) -> int:
-    """Bytes of KV cache that one token takes over all layers."""
-    attention = [node.attrs for node in graph.nodes if node.op in ("attention", "fused_attention")]
-    numbers: int = sum(2 * attrs["kv_heads"] * attrs["head_dim"] for attrs in attention)
+def kv_bytes(numbers: int, kv_dtype: KVDtype) -> int:
+    """Bytes of this many numbers in the KV cache: whole heads, so that a dtype may be one of blocks."""
     return numbers * KV_BYTES[kv_dtype]
+
+
+def kv_bytes_per_token(graph: Graph, kv_dtype: KVDtype, *, head_multiple: int = 1) -> int:
+    """Bytes of KV cache that one token takes over all layers.
+
+    head_multiple: the features of a head fill up to a multiple of it. Padding is a backend's matter: the
+    model needs none, which is what `cost` counts; a backend that allocates knows its own.
+    """
+    total = 0
+    for node in graph.nodes:
+        if node.op in ("attention", "fused_attention"):
+            head = -(-node.attrs["head_dim"] // head_multiple) * head_multiple
+            total += kv_bytes(2 * node.attrs["kv_heads"] * head, kv_dtype)
+    return total
 
 
 def limits(decode: Cost, prefill: Cost, *, prompt: int, bandwidth: float, int8_rate: float) -> SpeedLimits:

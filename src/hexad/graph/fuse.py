@@ -9,23 +9,35 @@ five nodes:
     norm, gate, up, gated        →  fused_linear "gated"
     down, add                    →  fused_linear "add"
 
-What matches no pattern keeps its plain node, so every graph stays valid. A linear or an attention by
-itself is the
-smallest match: after fuse there is no plain `linear`, `attention` or `logits`. Nodes that nothing reads
-are dropped.
+What matches no pattern keeps its plain node, so every graph stays valid. A linear, an attention or the
+logits alone are the smallest match: after fuse there is none of these as a plain node. Nodes that nothing
+reads are dropped.
+
+A node goes into another only where nobody else reads its value. That of q and k before their rotation nobody
+else may read either, and q, k and v must be three values: backends rotate q and k where they lie.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
-from hexad.graph.graph import Graph, Node, Value
+from hexad.graph.graph import Graph
+from hexad.graph.node import Node, Value
 
 
 def fuse(graph: Graph) -> Graph:
     """The fused graph over the same weights; the given graph is left as it is."""
     return _Fuser(graph).run()
+
+
+class _Fused(NamedTuple):
+    """A node to be: `Graph.append` finds its width."""
+
+    op: str
+    inputs: tuple[Value, ...]
+    weights: tuple[str, ...]
+    attrs: Mapping[str, Any]
 
 
 class _Fuser:
@@ -36,7 +48,7 @@ class _Fuser:
         self.graph = graph
         self.nodes = graph.nodes
         self.users = _users(graph.nodes)
-        self.replaced: dict[Value, Node] = {}
+        self.replaced: dict[Value, _Fused] = {}
         self.absorbed: set[Value] = set()
         self.home: dict[Value, Value] = {}
 
@@ -66,7 +78,6 @@ class _Fuser:
             all(r.op == "rope" for r in ropes)
             and ropes[0].attrs["rope"] == ropes[1].attrs["rope"]
             and self._read_only_by({q, k}, {place})
-            # A backend may rotate queries and keys where they lie: nothing else may want them as they are.
             and len({ropes[0].inputs[0], ropes[1].inputs[0], v}) == 3
             and self._read_only_by({ropes[0].inputs[0]}, {q})
             and self._read_only_by({ropes[1].inputs[0]}, {k})
@@ -75,12 +86,8 @@ class _Fuser:
             self.absorbed |= {q, k}
             q, k = ropes[0].inputs[0], ropes[1].inputs[0]
         offsets = self._side_by_side((q, k, v), {place, *node.inputs} & (self.absorbed | {place}))
-        self.replaced[place] = replace(
-            node,
-            op="fused_attention",
-            inputs=(q, k, v),
-            attrs={**node.attrs, "offsets": offsets, "rope": rope},
-        )
+        attrs = {**node.attrs, "offsets": offsets, "rope": rope}
+        self.replaced[place] = _Fused("fused_attention", (q, k, v), (), attrs)
 
     def _side_by_side(self, values: tuple[Value, Value, Value], readers: set[Value]) -> tuple[int, ...]:
         """Puts those of `values` that are linears of one input, and are read by `readers` alone, into one
@@ -102,7 +109,7 @@ class _Fuser:
         place = max(members)
         self.absorbed |= set(members) - {place}
         self.home |= dict.fromkeys(members, place)
-        self.replaced[place] = self._fused_linear(members, width, "store")
+        self.replaced[place] = self._fused_linear(members, "store")
         return tuple(columns.get(value, 0) for value in values)
 
     def _gated(self, place: Value) -> None:
@@ -110,45 +117,40 @@ class _Fuser:
         same_input = self.nodes[gate].inputs == self.nodes[up].inputs
         if gate != up and same_input and all(self._is_free_linear(value, {place}) for value in members):
             self.absorbed |= set(members)
-            self.replaced[place] = self._fused_linear(
-                members, self.nodes[place].features, "gated", act=self.nodes[place].attrs["act"]
-            )
+            act = self.nodes[place].attrs["act"]
+            self.replaced[place] = self._fused_linear(members, "gated", act=act)
 
     def _add(self, place: Value) -> None:
         a, b = self.nodes[place].inputs
         for linear, residual in ((b, a), (a, b)):
             if a != b and self._is_free_linear(linear, {place}):
                 self.absorbed.add(linear)
-                self.replaced[place] = self._fused_linear(
-                    (linear,), self.nodes[place].features, "add", residual=(residual,)
-                )
+                self.replaced[place] = self._fused_linear((linear,), "add", residual=(residual,))
                 return
 
     def _linear(self, place: Value) -> None:
-        self.replaced[place] = self._fused_linear((place,), self.nodes[place].features, "store")
+        self.replaced[place] = self._fused_linear((place,), "store")
 
     def _logits(self, place: Value) -> None:
         node = self.nodes[place]
         x, norm, eps = self._normed(node.inputs[0], {place})
-        self.replaced[place] = Node(
-            "fused_logits", (x,), (*_present(norm), *node.weights), node.features, {"norm": norm, "eps": eps}
-        )
+        names = (*_present(norm), *node.weights)
+        self.replaced[place] = _Fused("fused_logits", (x,), names, {"norm": norm, "eps": eps})
 
     def _fused_linear(
         self,
         members: Sequence[Value],
-        features: int,
         epilogue: str,
         *,
         act: str | None = None,
         residual: tuple[Value, ...] = (),
-    ) -> Node:
+    ) -> _Fused:
         nodes = [self.nodes[value] for value in members]
         x, norm, eps = self._normed(nodes[0].inputs[0], set(members))
         projections = tuple((n.weights[0], n.weights[1] if len(n.weights) == 2 else None) for n in nodes)
         names = (*_present(norm), *(name for n in nodes for name in n.weights))
         attrs = {"norm": norm, "eps": eps, "projections": projections, "epilogue": epilogue, "act": act}
-        return Node("fused_linear", (x, *residual), names, features, attrs)
+        return _Fused("fused_linear", (x, *residual), names, attrs)
 
     def _normed(self, x: Value, readers: set[Value]) -> tuple[Value, str | None, float]:
         """What to read instead of x, and the norm to do first: x's own, if nobody else wants its output."""
@@ -183,8 +185,7 @@ class _Fuser:
                 continue
             node = self.replaced.get(place, plain)
             inputs = tuple(number[self.home.get(value, value)] for value in node.inputs)
-            number[place] = len(fused.nodes)
-            fused.nodes.append(replace(node, inputs=inputs))
+            number[place] = fused.append(node.op, inputs, node.weights, **node.attrs)
         return fused
 
 

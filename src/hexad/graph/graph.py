@@ -1,55 +1,14 @@
-"""Graph and Node: a model as a list of ops over 2-D values, and the builder a model file calls.
-
-A value is a float array [rows, features]; a row is one token of the ragged batch or, after `take_rows`, one
-position whose logits are wanted. A value is named by the index of the node that makes it.
-"""
+"""Graph: a model as a list of nodes, and the builder a model file calls."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from hexad.errors import CheckpointError
+from hexad.graph.node import Node, RopeSpec, Value
+from hexad.graph.ops import OPS
 from hexad.weights import Weight
-
-Value = int
-
-
-@dataclass(frozen=True, slots=True)
-class RopeSpec:
-    """Rotary position embedding (Su et al. 2021, arXiv:2104.09864) in the half-split form.
-
-    In each head the first `rotary_dim` features are rotated: features i and i + rotary_dim/2 by the angle
-    position × theta^(−2i/rotary_dim), computed as a float32 product.
-    """
-
-    head_dim: int
-    rotary_dim: int
-    theta: float
-
-    def inv_freq(self) -> NDArray[np.float32]:
-        """Angle per position, float32 [rotary_dim / 2]."""
-        exponents = np.arange(0, self.rotary_dim, 2, dtype=np.float32) / np.float32(self.rotary_dim)
-        frequencies: NDArray[np.float64] = 1.0 / np.power(np.float64(self.theta), exponents)
-        return frequencies.astype(np.float32)
-
-
-@dataclass(frozen=True, slots=True)
-class Node:
-    """One op: frozen, plain data.
-
-    inputs: values it reads. weights: names of checkpoint tensors it reads. features: width of its output.
-    """
-
-    op: str
-    inputs: tuple[Value, ...]
-    weights: tuple[str, ...]
-    features: int
-    attrs: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Graph:
@@ -67,32 +26,20 @@ class Graph:
 
     def embed(self, name: str) -> Value:
         """Rows of the table `name.weight` [vocab, features], one per token."""
-        weight = self._weight(f"{name}.weight", 2)
-        return self._append("embed", (), (f"{name}.weight",), weight.shape[1])
+        return self.append("embed", (), (f"{name}.weight",))
 
     def norm(self, x: Value, name: str, *, eps: float) -> Value:
         """RMS norm: x / √(mean(x²) + eps) × `name.weight`."""
-        features = self.nodes[x].features
-        self._weight(f"{name}.weight", 1, (features,))
-        return self._append("norm", (x,), (f"{name}.weight",), features, eps=eps)
+        return self.append("norm", (x,), (f"{name}.weight",), eps=eps)
 
     def linear(self, x: Value, name: str) -> Value:
         """x · `name.weight`ᵀ, plus `name.bias` where the checkpoint has it."""
-        weight = self._weight(f"{name}.weight", 2)
-        if weight.shape[1] != self.nodes[x].features:
-            raise CheckpointError(
-                f"tensor {name}.weight has {weight.shape[1]} input features; "
-                f"{self.nodes[x].features} expected"
-            )
-        names = [f"{name}.weight"]
-        if f"{name}.bias" in self.weights:
-            self._weight(f"{name}.bias", 1, (weight.shape[0],))
-            names.append(f"{name}.bias")
-        return self._append("linear", (x,), tuple(names), weight.shape[0])
+        bias = (f"{name}.bias",) if f"{name}.bias" in self.weights else ()
+        return self.append("linear", (x,), (f"{name}.weight", *bias))
 
     def rope(self, x: Value, rope: RopeSpec) -> Value:
         """Rotates each head of x by its row's position."""
-        return self._append("rope", (x,), (), self.nodes[x].features, rope=rope)
+        return self.append("rope", (x,), rope=rope)
 
     def attention(
         self, q: Value, k: Value, v: Value, *,
@@ -102,64 +49,52 @@ class Graph:
 
         Query head h reads KV head h // (heads / kv_heads).
         """
-        for value, count, what in ((q, heads, "query"), (k, kv_heads, "key"), (v, kv_heads, "value")):
-            if self.nodes[value].features != count * head_dim:
-                raise CheckpointError(
-                    f"layer {layer}: the {what} projection makes {self.nodes[value].features} features; "
-                    f"{count} heads of {head_dim} need {count * head_dim}"
-                )
-        if heads % kv_heads:
-            raise CheckpointError(
-                f"layer {layer}: {heads} query heads do not share {kv_heads} KV heads evenly"
-            )
-        return self._append(
-            "attention", (q, k, v), (), heads * head_dim,
+        return self.append(
+            "attention", (q, k, v),
             layer=layer, heads=heads, kv_heads=kv_heads, head_dim=head_dim, scale=scale,
         )  # fmt: skip
 
     def gated(self, gate: Value, up: Value, act: str) -> Value:
         """act(gate) × up; act is "silu"."""
-        features = self.nodes[gate].features
-        if self.nodes[up].features != features:
-            raise CheckpointError(f"gate has {features} features and up {self.nodes[up].features}")
-        return self._append("gated", (gate, up), (), features, act=act)
+        return self.append("gated", (gate, up), act=act)
 
     def add(self, a: Value, b: Value) -> Value:
         """a + b."""
-        if self.nodes[a].features != self.nodes[b].features:
-            raise CheckpointError(f"cannot add {self.nodes[a].features} to {self.nodes[b].features} features")
-        return self._append("add", (a, b), (), self.nodes[a].features)
+        return self.append("add", (a, b))
 
     def take_rows(self, x: Value) -> Value:
         """The rows whose logits the batch asks for."""
-        return self._append("take_rows", (x,), (), self.nodes[x].features)
+        return self.append("take_rows", (x,))
 
     def logits(self, x: Value, name: str) -> Value:
         """x · `name.weight`ᵀ: one score per vocabulary entry."""
-        weight = self._weight(f"{name}.weight", 2)
-        if weight.shape[1] != self.nodes[x].features:
-            raise CheckpointError(
-                f"tensor {name}.weight has {weight.shape[1]} input features; "
-                f"{self.nodes[x].features} expected"
-            )
-        return self._append("logits", (x,), (f"{name}.weight",), weight.shape[0])
+        return self.append("logits", (x,), (f"{name}.weight",))
 
     @property
     def vocab_size(self) -> int:
         """Width of the logits."""
         return self.nodes[-1].features
 
-    def _append(
-        self, op: str, inputs: tuple[Value, ...], weights: tuple[str, ...], features: int, **attrs: Any
+    def append(
+        self, op: str, inputs: tuple[Value, ...], weights: tuple[str, ...] = (), /, **attrs: Any
     ) -> Value:
+        """Appends a node of the catalogue, as wide as the op's shape rule makes it."""
+        for name in weights:
+            if name not in self.weights:
+                raise CheckpointError(f"tensor {name} is missing")
+        widths = [self.nodes[value].features for value in inputs]
+        tensors = [(name, self.weights[name].shape) for name in weights]
+        try:
+            features = OPS[op].features(widths, tensors, attrs)
+        except CheckpointError as error:
+            made_by = [name for value in inputs for name in self._made_by(value)]
+            if weights or not made_by:  # the rule of an op with weights has named the one that does not fit
+                raise
+            raise CheckpointError(f"after {', '.join(made_by)}: {error}") from None
         self.nodes.append(Node(op, inputs, weights, features, attrs))
         return len(self.nodes) - 1
 
-    def _weight(self, name: str, dims: int, shape: tuple[int, ...] | None = None) -> Weight:
-        weight = self.weights.get(name)
-        if weight is None:
-            raise CheckpointError(f"tensor {name} is missing")
-        if len(weight.shape) != dims or (shape is not None and weight.shape != shape):
-            expected = shape if shape is not None else f"{dims} dimensions"
-            raise CheckpointError(f"tensor {name} has shape {weight.shape}; {expected} expected")
-        return weight
+    def _made_by(self, value: Value) -> tuple[str, ...]:
+        """The tensor a value is the product of, if it is of one, perhaps rotated since."""
+        node = self.nodes[value]
+        return node.weights[:1] or (self._made_by(node.inputs[0]) if len(node.inputs) == 1 else ())

@@ -8,12 +8,18 @@ The ops that `fuse` makes are defined by the plain ops they stand for.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-from hexad.graph.graph import Graph, Node
+from hexad.errors import CheckpointError
+from hexad.graph.node import Node
 
-Shape = tuple[int, ...]
+if TYPE_CHECKING:
+    from hexad.graph.graph import Graph
+
+Tensor = tuple[str, tuple[int, ...]]
+"""A tensor's name and its shape."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,14 +40,12 @@ class Work:
 
 
 class Op(ABC):
-    """One op. arity: how many inputs it may have."""
-
-    arity: tuple[int, ...] = (1,)
+    """One op."""
 
     @abstractmethod
-    def features(self, node: Node, inputs: Sequence[int], weights: Sequence[Shape]) -> int:
-        """Width of the output for these input widths and weight shapes. Raises ValueError where they do
-        not fit."""
+    def features(self, inputs: Sequence[int], weights: Sequence[Tensor], attrs: Mapping[str, Any]) -> int:
+        """The shape rule: width of the output for inputs of these widths. Raises CheckpointError where
+        inputs and weights do not fit, ValueError for attrs no model may have."""
 
     @abstractmethod
     def work(self, node: Node, inputs: Sequence[int], rows: int, context: int) -> Work:
@@ -51,11 +55,9 @@ class Op(ABC):
 class Embed(Op):
     """Row t of W [vocab, features] for each token t."""
 
-    arity = (0,)
-
-    def features(self, node: Node, inputs: Sequence[int], weights: Sequence[Shape]) -> int:
+    def features(self, inputs: Sequence[int], weights: Sequence[Tensor], attrs: Mapping[str, Any]) -> int:
         (table,) = weights
-        return _matrix(table)[1]
+        return _matrix(*table)[1]
 
     def work(self, node: Node, inputs: Sequence[int], rows: int, context: int) -> Work:
         return Work()
@@ -65,9 +67,9 @@ class Norm(Op):
     """RMS norm (Zhang and Sennrich 2019, arXiv:1910.07467): x / √(mean(x²) + eps) × w, the mean over
     features."""
 
-    def features(self, node: Node, inputs: Sequence[int], weights: Sequence[Shape]) -> int:
+    def features(self, inputs: Sequence[int], weights: Sequence[Tensor], attrs: Mapping[str, Any]) -> int:
         (width,), (scale,) = inputs, weights
-        _expect(scale == (width,), f"norm weight {scale} for {width} features")
+        _vector(*scale, width)
         return width
 
     def work(self, node: Node, inputs: Sequence[int], rows: int, context: int) -> Work:
@@ -77,7 +79,7 @@ class Norm(Op):
 class Linear(Op):
     """x · Wᵀ + b, for W [out, in] and an optional b [out]."""
 
-    def features(self, node: Node, inputs: Sequence[int], weights: Sequence[Shape]) -> int:
+    def features(self, inputs: Sequence[int], weights: Sequence[Tensor], attrs: Mapping[str, Any]) -> int:
         return _project(inputs[0], *weights)
 
     def work(self, node: Node, inputs: Sequence[int], rows: int, context: int) -> Work:
@@ -88,9 +90,10 @@ class Rope(Op):
     """Rotates features i and i + rotary_dim/2 of each head by the angle position × inv_freq[i]:
     (a, b) → (a cos − b sin, b cos + a sin). The angle is a float32 product; see RopeSpec."""
 
-    def features(self, node: Node, inputs: Sequence[int], weights: Sequence[Shape]) -> int:
-        _expect(inputs[0] % node.attrs["rope"].head_dim == 0, f"{inputs[0]} features are no whole heads")
-        return inputs[0]
+    def features(self, inputs: Sequence[int], weights: Sequence[Tensor], attrs: Mapping[str, Any]) -> int:
+        (width,), head_dim = inputs, attrs["rope"].head_dim
+        _expect(width % head_dim == 0, f"{width} features are no whole heads of {head_dim}")
+        return width
 
     def work(self, node: Node, inputs: Sequence[int], rows: int, context: int) -> Work:
         rope = node.attrs["rope"]
@@ -102,18 +105,20 @@ class Attention(Op):
     position p, softmax(scale · q_h · Kᵀ) · V over positions 0 … p of the row's own sequence, where K and V
     are those of KV head h // (heads / kv_heads), read back from the cache in the cache's dtype."""
 
-    arity = (3,)
-
-    def features(self, node: Node, inputs: Sequence[int], weights: Sequence[Shape]) -> int:
-        query, key = _heads(node)
-        _expect(
-            tuple(inputs) == (query, key, key),
-            f"q, k, v of {tuple(inputs)} features, not {(query, key, key)}",
-        )
-        return query
+    def features(self, inputs: Sequence[int], weights: Sequence[Tensor], attrs: Mapping[str, Any]) -> int:
+        heads, kv_heads, head_dim = attrs["heads"], attrs["kv_heads"], attrs["head_dim"]
+        counts = {"query": heads, "key": kv_heads, "value": kv_heads}
+        for width, (what, count) in zip(inputs, counts.items(), strict=True):
+            _expect(
+                width == count * head_dim,
+                f"the {what} projection makes {width} features; "
+                f"{count} heads of {head_dim} need {count * head_dim}",
+            )
+        _expect(heads % kv_heads == 0, f"{heads} query heads do not share {kv_heads} KV heads evenly")
+        return inputs[0]
 
     def work(self, node: Node, inputs: Sequence[int], rows: int, context: int) -> Work:
-        query, key = _heads(node)
+        query, key = _heads(node.attrs)
         pairs = rows * context - rows * (rows - 1) // 2  # (query, key) pairs that causality leaves
         return Work(
             attention_macs=2 * pairs * query,
@@ -126,12 +131,12 @@ class Attention(Op):
 class Gated(Op):
     """act(x) × y for a gate x and y, both [rows, features]; silu(x) = x / (1 + e^−x)."""
 
-    arity = (2,)
-
-    def features(self, node: Node, inputs: Sequence[int], weights: Sequence[Shape]) -> int:
-        _expect(inputs[0] == inputs[1], f"a gate of {inputs[0]} features on {inputs[1]}")
-        _expect(node.attrs["act"] == "silu", f"unknown activation {node.attrs['act']!r}")
-        return inputs[0]
+    def features(self, inputs: Sequence[int], weights: Sequence[Tensor], attrs: Mapping[str, Any]) -> int:
+        gate, up = inputs
+        _expect(gate == up, f"gate has {gate} features and up {up}")
+        if attrs["act"] != "silu":
+            raise ValueError(f"unknown activation {attrs['act']!r}")
+        return gate
 
     def work(self, node: Node, inputs: Sequence[int], rows: int, context: int) -> Work:
         return Work(other_flops=4 * rows * node.features)
@@ -140,11 +145,10 @@ class Gated(Op):
 class Add(Op):
     """x + y."""
 
-    arity = (2,)
-
-    def features(self, node: Node, inputs: Sequence[int], weights: Sequence[Shape]) -> int:
-        _expect(inputs[0] == inputs[1], f"{inputs[0]} features plus {inputs[1]}")
-        return inputs[0]
+    def features(self, inputs: Sequence[int], weights: Sequence[Tensor], attrs: Mapping[str, Any]) -> int:
+        a, b = inputs
+        _expect(a == b, f"cannot add {a} to {b} features")
+        return a
 
     def work(self, node: Node, inputs: Sequence[int], rows: int, context: int) -> Work:
         return Work(other_flops=rows * node.features)
@@ -153,7 +157,7 @@ class Add(Op):
 class TakeRows(Op):
     """The rows of x whose logits the batch asks for (`Batch.sample_rows`)."""
 
-    def features(self, node: Node, inputs: Sequence[int], weights: Sequence[Shape]) -> int:
+    def features(self, inputs: Sequence[int], weights: Sequence[Tensor], attrs: Mapping[str, Any]) -> int:
         return inputs[0]
 
     def work(self, node: Node, inputs: Sequence[int], rows: int, context: int) -> Work:
@@ -172,26 +176,22 @@ class FusedLinear(Op):
     residual, the second input; "gated" gives act(y_0) × y_1.
     """
 
-    arity = (1, 2)
-
-    def features(self, node: Node, inputs: Sequence[int], weights: Sequence[Shape]) -> int:
-        shapes = dict(zip(node.weights, weights, strict=True))
-        norm, epilogue = node.attrs["norm"], node.attrs["epilogue"]
+    def features(self, inputs: Sequence[int], weights: Sequence[Tensor], attrs: Mapping[str, Any]) -> int:
+        x, *residual = inputs
+        shapes, norm, epilogue = dict(weights), attrs["norm"], attrs["epilogue"]
         if norm is not None:
-            _expect(shapes[norm] == (inputs[0],), f"norm weight {shapes[norm]} for {inputs[0]} features")
+            _vector(norm, shapes[norm], x)
         widths = [
-            _project(inputs[0], shapes[weight], *([] if bias is None else [shapes[bias]]))
-            for weight, bias in node.attrs["projections"]
+            _project(x, *((name, shapes[name]) for name in names if name is not None))
+            for names in attrs["projections"]
         ]
-        _expect(len(inputs) == (2 if epilogue == "add" else 1), f"{len(inputs)} inputs for {epilogue!r}")
         if epilogue == "store":
             return sum(widths)
         if epilogue == "add":
-            _expect(widths == [inputs[1]], f"projections of {widths} features onto a residual of {inputs[1]}")
-            return widths[0]
-        _expect(epilogue == "gated", f"unknown epilogue {epilogue!r}")
-        _expect(len(widths) == 2 and widths[0] == widths[1], f"a gate and an up of {widths} features")
-        return widths[0]
+            return Add().features((*widths, *residual), (), {})
+        if epilogue == "gated":
+            return Gated().features(widths, (), attrs)
+        raise ValueError(f"unknown epilogue {epilogue!r}")
 
     def work(self, node: Node, inputs: Sequence[int], rows: int, context: int) -> Work:
         epilogue = node.attrs["epilogue"]
@@ -209,14 +209,15 @@ class FusedAttention(Attention):
     the same value); rope: a RopeSpec or None.
     """
 
-    def features(self, node: Node, inputs: Sequence[int], weights: Sequence[Shape]) -> int:
-        query, key = _heads(node)
-        for offset, width, columns in zip(node.attrs["offsets"], inputs, (query, key, key), strict=True):
-            _expect(0 <= offset <= width - columns, f"columns {offset}…{offset + columns} of {width}")
-        return query
+    def features(self, inputs: Sequence[int], weights: Sequence[Tensor], attrs: Mapping[str, Any]) -> int:
+        query, key = _heads(attrs)
+        columns = (query, key, key)
+        for offset, width, count in zip(attrs["offsets"], inputs, columns, strict=True):
+            _expect(0 <= offset <= width - count, f"columns {offset}…{offset + count} of {width}")
+        return super().features(columns, weights, attrs)
 
     def work(self, node: Node, inputs: Sequence[int], rows: int, context: int) -> Work:
-        query, key = _heads(node)
+        query, key = _heads(node.attrs)
         work = super().work(node, inputs, rows, context)
         rope = node.attrs["rope"]
         rotated = (query + key) * rope.rotary_dim // rope.head_dim if rope is not None else 0
@@ -231,10 +232,11 @@ class FusedAttention(Attention):
 class FusedLogits(Op):
     """`logits` of `norm` (weight name or None) of x. weights: norm first, then the table."""
 
-    def features(self, node: Node, inputs: Sequence[int], weights: Sequence[Shape]) -> int:
-        *norm, table = weights
-        _expect(all(shape == (inputs[0],) for shape in norm), f"norm weight {norm} for {inputs[0]} features")
-        return _project(inputs[0], table)
+    def features(self, inputs: Sequence[int], weights: Sequence[Tensor], attrs: Mapping[str, Any]) -> int:
+        (width,), (*norm, table) = inputs, weights
+        for scale in norm:
+            _vector(*scale, width)
+        return _project(width, table)
 
     def work(self, node: Node, inputs: Sequence[int], rows: int, context: int) -> Work:
         norm = 4 * rows * inputs[0] if node.attrs["norm"] is not None else 0
@@ -275,54 +277,29 @@ def taken_rows(graph: Graph) -> list[bool]:
     return taken
 
 
-def check(graph: Graph) -> None:
-    """Holds every node to its op's shape rule. Raises ValueError naming the node."""
-    for number, node in enumerate(graph.nodes):
-        where = f"node {number} ({node.op})"
-        op = OPS.get(node.op)
-        if op is None:
-            raise ValueError(f"{where}: unknown op; known are {', '.join(OPS)}")
-        if len(node.inputs) not in op.arity:
-            raise ValueError(
-                f"{where}: {len(node.inputs)} inputs; it takes {' or '.join(map(str, op.arity))}"
-            )
-        if any(not 0 <= value < number for value in node.inputs):
-            raise ValueError(f"{where}: reads {node.inputs}, which are not all made before it")
-        missing = [name for name in node.weights if name not in graph.weights]
-        if missing:
-            raise ValueError(f"{where}: tensor {missing[0]} is missing")
-        try:
-            features = op.features(
-                node,
-                [graph.nodes[value].features for value in node.inputs],
-                [graph.weights[name].shape for name in node.weights],
-            )
-        except ValueError as error:
-            raise ValueError(f"{where}: {error}") from None
-        if node.features != features:
-            raise ValueError(f"{where}: makes {features} features, not {node.features}")
-    taken_rows(graph)
-
-
 def _expect(holds: bool, message: str) -> None:
     if not holds:
-        raise ValueError(message)
+        raise CheckpointError(message)
 
 
-def _matrix(shape: Shape) -> tuple[int, int]:
+def _vector(name: str, shape: tuple[int, ...], size: int) -> None:
+    _expect(shape == (size,), f"tensor {name} has shape {shape}; {(size,)} expected")
+
+
+def _matrix(name: str, shape: tuple[int, ...]) -> tuple[int, int]:
     if len(shape) != 2:
-        raise ValueError(f"a matrix of shape {shape}")
+        raise CheckpointError(f"tensor {name} has shape {shape}; 2 dimensions expected")
     return shape[0], shape[1]
 
 
-def _project(width: int, weight: Shape, bias: Shape | None = None) -> int:
-    rows, columns = _matrix(weight)
-    _expect(columns == width, f"a weight of {columns} input features on {width}")
-    _expect(bias is None or bias == (rows,), f"bias {bias} for {rows} features")
+def _project(width: int, weight: Tensor, bias: Tensor | None = None) -> int:
+    rows, columns = _matrix(*weight)
+    _expect(columns == width, f"tensor {weight[0]} has {columns} input features; {width} expected")
+    if bias is not None:
+        _vector(*bias, rows)
     return rows
 
 
-def _heads(node: Node) -> tuple[int, int]:
+def _heads(attrs: Mapping[str, Any]) -> tuple[int, int]:
     """Width of all query heads and of all KV heads."""
-    head_dim = node.attrs["head_dim"]
-    return node.attrs["heads"] * head_dim, node.attrs["kv_heads"] * head_dim
+    return attrs["heads"] * attrs["head_dim"], attrs["kv_heads"] * attrs["head_dim"]

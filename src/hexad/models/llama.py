@@ -86,7 +86,7 @@ def build(cfg: Config, g: Graph) -> None:
 
 
 def _agrees(g: Graph, cfg: Config) -> None:
-    """The widths came from the tensors; the config must say the same."""
+    """The widths came from the tensors, which fit one another; the config must say the same."""
     sizes = [
         ("hidden_size", g.nodes[0].features, cfg.hidden_size),
         ("vocab_size", g.weights["model.embed_tokens.weight"].shape[0], cfg.vocab_size),

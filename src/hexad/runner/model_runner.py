@@ -51,7 +51,7 @@ class ModelRunner:
         return self._executable
 
     def execute(self, step: ScheduledStep) -> StepResult:
-        """Computes a step and draws the tokens it asks for."""
+        """Computes a step and draws the tokens it asks for. Raises BackendError if the numbers break."""
         executable = self.executable
         if step.block_copies:
             executable.copy_blocks(step.block_copies)
@@ -59,7 +59,13 @@ class ModelRunner:
         executable.forward(batch)
         if not batch.sample_rows.size:
             return StepResult([[] for _ in step.sequences])
-        drawn = iter(executable.sample(make_sample_batch(step)).tolist())
+        tokens = executable.sample(make_sample_batch(step)).tolist()
+        if -1 in tokens:
+            raise BackendError(
+                "The model's logits are not finite: its file is damaged, or its numbers outgrow float32. "
+                "Fetch the file again (`hexad pull` checks the ones it knows)."
+            )
+        drawn = iter(tokens)
         return StepResult([[] if s.sample is None else [next(drawn)] for s in step.sequences])
 
     def close(self) -> None:

@@ -19,7 +19,6 @@ class DenseFormat(WeightFormat):
         self.block_bytes = self.dtype.itemsize
 
     def from_bytes(self, raw: NDArray[np.uint8], shape: tuple[int, ...]) -> Weight:
-        """The weight of this logical shape stored in raw, uint8 [nbytes(shape)]; a view."""
         return Weight(self, shape, {"data": raw.view(self.dtype).reshape(shape)})
 
     def dequantise(self, weight: Weight) -> NDArray[np.float32]:

@@ -12,7 +12,7 @@ from abc import abstractmethod
 import numpy as np
 from numpy.typing import NDArray
 
-from hexad.weights.dense import F16, F32, DenseFormat
+from hexad.weights.dense import F16, F32
 from hexad.weights.weight import Weight, WeightFormat
 
 _F16 = np.dtype("<f2")
@@ -23,10 +23,6 @@ class BlockFormat(WeightFormat):
 
     Rows are all axes of the shape but the last, flattened.
     """
-
-    def from_bytes(self, raw: NDArray[np.uint8], shape: tuple[int, ...]) -> Weight:
-        """The weight of this logical shape stored in raw, uint8 [nbytes(shape)]; a view."""
-        return Weight(self, shape, {"blocks": raw.reshape(math.prod(shape[:-1]), -1)})
 
     def dequantise(self, weight: Weight) -> NDArray[np.float32]:
         blocks = weight.arrays["blocks"].view(np.uint8).reshape(-1, self.block_bytes)
@@ -95,7 +91,7 @@ Q4_0 = Q4Zero()
 Q4_1 = Q4One()
 Q8_0 = Q8Zero()
 
-FORMATS: dict[int, DenseFormat | BlockFormat] = {0: F32, 1: F16, 2: Q4_0, 3: Q4_1, 8: Q8_0}
+FORMATS: dict[int, WeightFormat] = {0: F32, 1: F16, 2: Q4_0, 3: Q4_1, 8: Q8_0}
 """The tensor types hexad reads, by GGUF type id."""
 
 TYPE_NAMES = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -27,10 +28,12 @@ class WeightFormat(ABC):
         columns = shape[-1] if shape else 1
         if columns % self.block_size:
             raise ValueError(f"{self.name} rows are multiples of {self.block_size}, not {columns}")
-        rows = 1
-        for dim in shape[:-1]:
-            rows *= dim
-        return rows * (columns // self.block_size) * self.block_bytes
+        return math.prod(shape[:-1]) * (columns // self.block_size) * self.block_bytes
+
+    def from_bytes(self, raw: NDArray[np.uint8], shape: tuple[int, ...]) -> Weight:
+        """The weight of this shape stored in raw, uint8 [nbytes(shape)]: a view, as one array "blocks"
+        unless the format stores something else."""
+        return Weight(self, shape, {"blocks": raw.reshape(math.prod(shape[:-1]), -1)})
 
     @abstractmethod
     def dequantise(self, weight: Weight) -> NDArray[np.float32]:

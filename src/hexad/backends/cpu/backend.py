@@ -16,7 +16,7 @@ from hexad.backends.cpu.lower import lower, plan_buffers
 from hexad.config import BLOCK_TOKENS
 from hexad.errors import BackendError, HexadError
 from hexad.graph import Graph
-from hexad.graph.cost import KV_BYTES
+from hexad.graph.cost import kv_bytes_per_token
 from hexad.placement.hardware import cpu_count
 from hexad.weights import Weight
 
@@ -63,9 +63,7 @@ class CpuBackend:
 
     def kv_block_bytes(self, graph: Graph, kv_dtype: Literal["f32", "f16"]) -> int:
         """Bytes of one KV block; heads are padded to 32 features (csrc/ops/attention.h)."""
-        attention = [n.attrs for n in graph.nodes if n.op in ("attention", "fused_attention")]
-        numbers: int = sum(2 * attrs["kv_heads"] * _padded(attrs["head_dim"]) for attrs in attention)
-        return numbers * BLOCK_TOKENS * KV_BYTES[kv_dtype]
+        return BLOCK_TOKENS * kv_bytes_per_token(graph, kv_dtype, head_multiple=32)
 
     def workspace_bytes(self, graph: Graph, options: CompileOptions, limits: Limits) -> int:
         """Bytes of what csrc/program.cpp allocates: value buffers, activation tiles, RoPE tables, 32 rows of
