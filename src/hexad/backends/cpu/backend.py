@@ -132,8 +132,12 @@ class CpuExecutable:
 
     def copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:
         """Copies whole KV blocks, (source, destination) in order."""
-        for source, destination in copies:
-            _checked(lambda s=source, d=destination: self.program.copy_block(s, d))  # type: ignore[misc]
+
+        def copy_all() -> None:
+            for source, destination in copies:
+                self.program.copy_block(source, destination)
+
+        _checked(copy_all)
 
 
 def kernel_of(weight: Weight, compute: str, isa: str) -> str:
