@@ -16,7 +16,7 @@
 //       f ← fma(float(i), d_w · d, f), and for layouts with a minimum f ← fma(m_w, s, f); groups in K order.
 //       A row's outlier groups, those with d² > 4 · mean(d²) over the row (the first (K/32 − 1) / 4 of them; by
 //       rounding there could be one more), are then multiplied once more, in K order, with what rounding left of
-//       their activations, quantised in turn. They are 3 to 7 % of the groups and carry most of the rounding error:
+//       their activations, quantised in turn. They are 3 to 7 % of a row's groups and carry most of the rounding error:
 //       a handful of hidden features is much larger than the rest (Dettmers et al. 2022, arXiv:2208.07339). To a
 //       row that is no outlier there, its slot of zeros adds exactly nothing.
 //   dense: f ← fma(w, x, f) with w the layout's dequantised float; columns in K order.

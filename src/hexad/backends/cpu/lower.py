@@ -82,9 +82,9 @@ class _Lowering:
             self.program.add_buffer(features)
         self._cache()
         for node in self.graph.nodes:
-            for rope in [node.attrs["rope"]] if node.attrs.get("rope") is not None else []:
-                if rope not in self.ropes:
-                    self.ropes[rope] = self.program.add_rope(rope.inv_freq())
+            rope: RopeSpec | None = node.attrs.get("rope")
+            if rope is not None and rope not in self.ropes:
+                self.ropes[rope] = self.program.add_rope(rope.inv_freq())
         for place, node in enumerate(self.graph.nodes):
             emit = getattr(self, f"_{node.op}", None)
             if emit is None:
