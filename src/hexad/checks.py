@@ -1,4 +1,4 @@
-"""Checks of the values a user sets, shared by SamplingParams and EngineConfig."""
+"""Checks of the values a user sets, shared by the classes of parameters and EngineConfig."""
 
 from __future__ import annotations
 
@@ -28,10 +28,20 @@ def check_integer(
         raise error(f"{field} must be {allowed}, not {shown(value)}.")
 
 
+def check_choice(error: type[Exception], field: str, value: object, choices: tuple[object, ...]) -> None:
+    """Raises `error` unless the value is one of the choices, and of its type: 1 is not True."""
+    if not any(isinstance(value, type(choice)) and value == choice for choice in choices):
+        *others, last = map(repr, choices)
+        allowed = f"{', '.join(others)} or {last}" if others else last
+        raise error(f"{field} must be {allowed}, not {shown(value)}.")
+
+
 def shown(value: object) -> str:
     """A value as an error message shows it: its repr, cut off after 60 characters."""
     try:
         text = repr(value)
     except ValueError:  # Python refuses to write out an integer of more than 4,300 digits
         text = f"{type(value).__name__} of more digits than can be shown"
+    except RecursionError:
+        text = f"{type(value).__name__} nested too deeply to be shown"
     return text if len(text) <= 60 else f"{text[:57]}..."

@@ -32,6 +32,23 @@ from hexad.errors import ConfigError
         ({"kv_cache_gib": 10**5000}, "kv_cache_gib .* more digits than can be shown"),
         ({"kv_cache_gib": "2"}, "kv_cache_gib must be a number .* not '2'"),
         ({"kv_cache_gib": True}, "kv_cache_gib must be a number .* not True"),
+        ({"kv_cache_tokens": 0}, "kv_cache_tokens .* not 0"),
+        ({"kv_cache_tokens": 2**31}, "kv_cache_tokens .* not 2147483648"),
+        ({"kv_cache_tokens": 1.5}, r"kv_cache_tokens .* not 1\.5"),
+        ({"kv_cache_gib": 1, "kv_cache_tokens": 64}, "kv_cache_gib and kv_cache_tokens .* give one"),
+        ({"max_step_ms": 0}, "max_step_ms must be above 0 and at most 1000, not 0"),
+        ({"max_step_ms": 1000.5}, r"max_step_ms must be above 0 and at most 1000, not 1000\.5"),
+        ({"max_step_ms": float("nan")}, "max_step_ms .* not nan"),
+        ({"max_step_ms": "9"}, "max_step_ms must be a number .* not '9'"),
+        ({"scheduling_policy": "lifo"}, "scheduling_policy must be 'fcfs' or 'priority', not 'lifo'"),
+        ({"scheduling_policy": None}, "scheduling_policy .* not None"),
+        ({"enable_prefix_caching": 1}, "enable_prefix_caching must be True or False, not 1"),
+        ({"enable_prefix_caching": "yes"}, "enable_prefix_caching .* not 'yes'"),
+        ({"enable_prefix_caching": None}, "enable_prefix_caching .* not None"),
+        ({"max_logprobs": -2}, r"max_logprobs must be an integer from -1 to 2\*\*31 - 1, not -2"),
+        ({"max_logprobs": 2**31}, "max_logprobs .* not 2147483648"),
+        ({"max_logprobs": 20.0}, r"max_logprobs .* not 20\.0"),
+        ({"max_logprobs": False}, "max_logprobs .* not False"),
         ({"seed": [1]}, r"seed must be None or an integer, not \[1\]"),
         ({"seed": "x"}, "seed must be None or an integer, not 'x'"),
         ({"seed": True}, "seed .* not True"),
@@ -52,9 +69,30 @@ def test_kv_dtype_follows_compute(compute: Any, kv_dtype: Any, resolved: str) ->
     assert EngineConfig(compute=compute, kv_dtype=kv_dtype).resolved_kv_dtype == resolved
 
 
-def test_accepts() -> None:
-    config = EngineConfig(kv_cache_gib=2, seed=-(2**70), threads=2**31 - 1)
-    assert (config.kv_cache_gib, config.seed, config.threads) == (2, -(2**70), 2**31 - 1)
+@pytest.mark.parametrize(
+    ("field", "values"),
+    [
+        ("kv_cache_gib", [None, 1e-3, 2, 2.5]),
+        ("kv_cache_tokens", [None, 1, 2**31 - 1]),
+        ("max_step_ms", [None, 0.5, 1, 1000]),
+        ("scheduling_policy", ["fcfs", "priority"]),
+        ("enable_prefix_caching", [True, False]),
+        ("max_logprobs", [-1, 0, 20, 2**31 - 1]),
+        ("seed", [None, 0, -(2**70)]),
+        ("threads", [None, 1, 2**31 - 1]),
+    ],
+)
+def test_accepts(field: str, values: list[Any]) -> None:
+    for value in values:
+        assert getattr(EngineConfig(**{field: value}), field) == value
+
+
+def test_defaults() -> None:
+    config = EngineConfig()
+    assert config.scheduling_policy == "fcfs"
+    assert config.enable_prefix_caching
+    assert config.max_logprobs == 20
+    assert (config.max_step_ms, config.kv_cache_gib, config.kv_cache_tokens) == (None, None, None)
 
 
 def test_is_frozen() -> None:

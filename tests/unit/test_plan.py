@@ -55,6 +55,15 @@ def test_the_cache_asked_for_is_the_cache_made() -> None:
     assert plan_of(kv_cache_gib=0.5).kv_blocks == 512
     assert plan_of(kv_cache_gib=4).kv_blocks == 4096
     assert plan_of(kv_cache_gib=64 / 1024).kv_blocks == 64
+    assert plan_of(kv_cache_tokens=2048).kv_blocks == 64
+    assert plan_of(kv_cache_tokens=2049).kv_blocks == 65
+    assert plan_of(kv_cache_tokens=100_000).kv_bytes == 3125 * MIB
+
+
+def test_a_cache_asked_for_may_take_more_than_a_quarter() -> None:
+    assert plan_of(free=110 * MIB + GIB).kv_blocks == 256
+    assert plan_of(free=110 * MIB + GIB, kv_cache_tokens=1024 * 32).kv_blocks == 1024
+    assert plan_of(free=110 * MIB + GIB, kv_cache_gib=1).kv_blocks == 1024
 
 
 def test_what_does_not_fit_is_refused_with_the_numbers() -> None:
@@ -70,24 +79,39 @@ def test_what_does_not_fit_is_refused_with_the_numbers() -> None:
     with pytest.raises(InsufficientMemoryError, match=r"0 of at least 64 blocks.*Choose a smaller model"):
         plan_of(free=110 * MIB)
     with pytest.raises(
-        InsufficientMemoryError, match=r"needs 2\.00 GiB, 1\.00 GiB.*kv_cache_gib to at most 1\."
+        InsufficientMemoryError,
+        match=r"1024 of at least 2048 .*needs 2\.00 GiB, 1\.00 GiB.* 32768 instead of kv_cache_gib=2\.",
     ):
         plan_of(free=110 * MIB + GIB, kv_cache_gib=2)
+    with pytest.raises(
+        InsufficientMemoryError,
+        match=r"1024 of at least 1025 blocks.* at most 32768 instead of kv_cache_tokens=32769\.",
+    ):
+        plan_of(free=110 * MIB + GIB, kv_cache_tokens=32769)
+    with pytest.raises(InsufficientMemoryError, match=r"at most 2016 and drop kv_cache_tokens=4000\."):
+        plan_of(free=(110 + 63) * MIB, kv_cache_tokens=4000)
 
 
 def test_the_advice_works() -> None:
     free = (110 + 63) * MIB
     assert plan_of(free=free, max_model_len=2016).kv_blocks == 63
-    assert plan_of(free=110 * MIB + GIB, kv_cache_gib=1).kv_bytes == GIB
+    assert plan_of(free=110 * MIB + GIB, kv_cache_tokens=32768).kv_bytes == GIB
 
 
 def test_contradicting_settings_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"max_model_len 2049 is longer than .* 2048 tokens"):
         plan_of(max_model_len=2049)
-    with pytest.raises(ConfigError, match=r"kv_cache_gib=0\.01 holds 320 tokens; .* 2048 needs 0\.0625 GiB"):
+    with pytest.raises(
+        ConfigError,
+        match=r"kv_cache_gib=0\.01 holds 320 tokens; .* needs 2048 \(64\.0 MiB\)\. Raise kv_cache_gib or",
+    ):
         plan_of(kv_cache_gib=0.01)
     with pytest.raises(ConfigError, match="holds 0 tokens"):
         plan_of(kv_cache_gib=1e-9)
+    with pytest.raises(
+        ConfigError, match=r"kv_cache_tokens=2016 holds 2016 tokens.* Raise kv_cache_tokens or"
+    ):
+        plan_of(kv_cache_tokens=2016)
 
 
 def test_a_plan_reads_well_and_stays_as_it_is() -> None:
@@ -109,12 +133,14 @@ def test_a_plan_reads_well_and_stays_as_it_is() -> None:
     context=st.integers(1, 10**6),
     free=st.integers(0, 10**12),
     seqs=st.integers(1, 512),
-    gib=st.none() | st.floats(1e-6, 1000),
+    cache=st.just({})
+    | st.fixed_dictionaries({"kv_cache_gib": st.floats(1e-6, 1000)})
+    | st.fixed_dictionaries({"kv_cache_tokens": st.integers(1, 10**8)}),
 )
 def test_a_plan_fits_and_holds_a_sequence_or_is_refused(
-    weights: int, block: int, workspace: int, context: int, free: int, seqs: int, gib: float | None
+    weights: int, block: int, workspace: int, context: int, free: int, seqs: int, cache: dict[str, Any]
 ) -> None:
-    config = EngineConfig(max_num_seqs=seqs, kv_cache_gib=gib)
+    config = EngineConfig(max_num_seqs=seqs, **cache)
     need = weights + workspace + block * -(-context // BLOCK_TOKENS)
     try:
         found = plan(
@@ -122,13 +148,20 @@ def test_a_plan_fits_and_holds_a_sequence_or_is_refused(
             config=config, context_length=context, free_bytes=free,
         )  # fmt: skip
     except (InsufficientMemoryError, ConfigError):
-        assert need > free or gib is not None
+        assert need > free or cache
         return
     assert need <= found.total <= free
     assert found.kv_blocks * BLOCK_TOKENS >= context
     assert found.kv_bytes == found.kv_blocks * block
-    if gib is not None:
-        assert found.kv_bytes <= gib * GIB < found.kv_bytes + block
+    if "kv_cache_gib" in cache:
+        assert found.kv_bytes <= cache["kv_cache_gib"] * GIB < found.kv_bytes + block
+    elif cache:
+        assert 0 <= found.kv_blocks * BLOCK_TOKENS - cache["kv_cache_tokens"] < BLOCK_TOKENS
+    else:
+        one = -(-context // BLOCK_TOKENS)
+        left = free - weights - workspace
+        assert found.kv_blocks == one or found.kv_bytes * 4 <= left
+        assert found.kv_blocks <= min(seqs, 8) * one
 
 
 # The machine.

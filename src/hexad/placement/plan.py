@@ -59,12 +59,13 @@ def plan(
 ) -> Plan:
     """Divides free memory among weights, workspace and KV cache.
 
-    The KV cache is `config.kv_cache_gib` if given. Else it holds min(max_num_seqs, 8) sequences of
-    max_model_len, but takes no more than a quarter of what weights and workspace leave free; one sequence
-    of max_model_len it holds in any case.
+    The KV cache is `config.kv_cache_gib`, or holds `config.kv_cache_tokens` rounded up to whole blocks. If
+    neither is given it holds min(max_num_seqs, 8) sequences of max_model_len, but takes no more than a
+    quarter of what weights and workspace leave free. One sequence of max_model_len it holds in any case: a
+    sequence that has the whole cache to itself, all others preempted, must be able to end.
 
-    Raises ConfigError where max_model_len exceeds the model's context_length or kv_cache_gib cannot hold one
-    sequence, InsufficientMemoryError where the parts do not fit into free_bytes.
+    Raises ConfigError where max_model_len exceeds the model's context_length or the cache asked for cannot
+    hold one sequence, InsufficientMemoryError where the parts do not fit into free_bytes.
     """
     max_model_len = context_length if config.max_model_len is None else config.max_model_len
     if max_model_len > context_length:
@@ -80,23 +81,29 @@ def plan(
             f"model, lower max_num_batched_tokens, or free memory."
         )
     one_sequence = -(-max_model_len // BLOCK_TOKENS)
+    asked = ""
     if config.kv_cache_gib is not None:
+        asked = f"kv_cache_gib={config.kv_cache_gib:g}"
         blocks = int(config.kv_cache_gib * _GIB) // kv_bytes_per_block
-        if blocks < one_sequence:
-            raise ConfigError(
-                f"kv_cache_gib={config.kv_cache_gib:g} holds {blocks * BLOCK_TOKENS} tokens; one sequence of "
-                f"max_model_len {max_model_len} needs {one_sequence * kv_bytes_per_block / _GIB:.3g} GiB. "
-                f"Raise kv_cache_gib or lower max_model_len."
-            )
+    elif config.kv_cache_tokens is not None:
+        asked = f"kv_cache_tokens={config.kv_cache_tokens}"
+        blocks = -(-config.kv_cache_tokens // BLOCK_TOKENS)
     else:
         wanted = min(config.max_num_seqs, DEFAULT_FULL_SEQUENCES) * one_sequence
         blocks = max(min(wanted, left // 4 // kv_bytes_per_block), one_sequence)
+    if blocks < one_sequence:
+        raise ConfigError(
+            f"{asked} holds {blocks * BLOCK_TOKENS} tokens; one sequence of max_model_len {max_model_len} "
+            f"needs {one_sequence * BLOCK_TOKENS} ({_size(one_sequence * kv_bytes_per_block)}). "
+            f"Raise {asked.partition('=')[0]} or lower max_model_len."
+        )
     if blocks * kv_bytes_per_block > left:
         fitting = left // kv_bytes_per_block
-        if config.kv_cache_gib is not None:
-            advice = f"Lower kv_cache_gib to at most {left / _GIB:.3g}."
+        if fitting >= one_sequence:
+            advice = f"Set kv_cache_tokens to at most {fitting * BLOCK_TOKENS} instead of {asked}."
         elif fitting:
-            advice = f"Lower max_model_len to at most {fitting * BLOCK_TOKENS}."
+            also = f" and drop {asked}" if asked else ""
+            advice = f"Lower max_model_len to at most {fitting * BLOCK_TOKENS}{also}."
         else:
             advice = "Choose a smaller model, lower max_num_batched_tokens, or free memory."
         raise InsufficientMemoryError(
