@@ -6,6 +6,7 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <cstring>
 #include <stdexcept>
 #include <tuple>
 #include <utility>
@@ -52,19 +53,58 @@ void logits(Program& p, Out<float, 2> out) {
   p.logits(out.data(), static_cast<int64_t>(out.shape(0)));
 }
 
-void sample(Program& p, In<float, 1> temperature, In<int32_t, 1> top_k, In<float, 1> top_p,
-            In<float, 1> min_p, In<uint64_t, 1> seed, In<uint32_t, 1> sequence, In<uint32_t, 1> position,
-            Out<int32_t, 1> out) {
-  const size_t n = out.shape(0);
-  require(temperature.shape(0) == n && top_k.shape(0) == n && top_p.shape(0) == n && min_p.shape(0) == n &&
-              seed.shape(0) == n && sequence.shape(0) == n && position.shape(0) == n,
-          "sampling parameters and output differ in length");
-  std::vector<hexad::SampleParams> params(n);
-  for (size_t i = 0; i < n; ++i)
-    params[i] = {temperature.data()[i], top_k.data()[i],    top_p.data()[i],   min_p.data()[i],
-                 seed.data()[i],        sequence.data()[i], position.data()[i]};
+void hidden(Program& p, Out<float, 2> out) {
+  require(static_cast<int64_t>(out.shape(1)) == p.hidden_size(), "the output is not as wide as the model");
   nb::gil_scoped_release release;
-  p.sample(params.data(), out.data(), static_cast<int64_t>(n));
+  p.hidden(out.data(), static_cast<int64_t>(out.shape(0)));
+}
+
+hexad::Ragged<int32_t> ragged(In<int32_t, 1> tokens, In<int64_t, 1> starts, size_t rows) {
+  require(starts.shape(0) == rows + 1, "the starts of a ragged array and the rows differ in number");
+  return {tokens.data(), starts.data(), static_cast<int64_t>(tokens.shape(0))};
+}
+
+void sample(Program& p, In<uint8_t, 2> rows, In<int32_t, 1> history, In<int64_t, 1> history_starts,
+            In<int32_t, 1> bias_ids, In<float, 1> bias_values, In<int64_t, 1> bias_starts,
+            In<int32_t, 1> ask_ids, In<int64_t, 1> ask_starts, In<uint32_t, 2> masks, Out<int32_t, 1> tokens,
+            Out<float, 1> mirostat_mu, Out<float, 1> logprobs, Out<int32_t, 1> ranks, Out<int32_t, 2> top_ids,
+            Out<float, 2> top_logprobs, Out<float, 1> ask_logprobs, Out<int32_t, 1> ask_ranks) {
+  const size_t n = rows.shape(0);
+  require(rows.shape(1) == sizeof(hexad::SampleRow), "a sample row has another size than the native struct");
+  require(tokens.shape(0) == n && mirostat_mu.shape(0) == n && logprobs.shape(0) == n &&
+              ranks.shape(0) == n && top_ids.shape(0) == n && top_logprobs.shape(0) == n,
+          "sampling parameters and output differ in length");
+  require(top_ids.shape(1) == top_logprobs.shape(1) && bias_values.shape(0) == bias_ids.shape(0) &&
+              ask_logprobs.shape(0) == ask_ids.shape(0) && ask_ranks.shape(0) == ask_ids.shape(0),
+          "arrays that belong together differ in length");
+  std::vector<hexad::SampleRow> params(n);
+  std::memcpy(static_cast<void*>(params.data()), rows.data(), n * sizeof(hexad::SampleRow));
+  const hexad::SampleBatch wanted{params.data(),
+                                  static_cast<int64_t>(n),
+                                  ragged(history, history_starts, n),
+                                  ragged(bias_ids, bias_starts, n),
+                                  bias_values.data(),
+                                  ragged(ask_ids, ask_starts, n),
+                                  masks.data(),
+                                  static_cast<int64_t>(masks.shape(0)),
+                                  static_cast<int64_t>(masks.shape(1))};
+  const hexad::SampleOutput output{tokens.data(),
+                                   mirostat_mu.data(),
+                                   logprobs.data(),
+                                   ranks.data(),
+                                   top_ids.data(),
+                                   top_logprobs.data(),
+                                   static_cast<int64_t>(top_ids.shape(1)),
+                                   ask_logprobs.data(),
+                                   ask_ranks.data()};
+  nb::gil_scoped_release release;
+  p.sample(wanted, output);
+}
+
+void copy_blocks(Program& p, In<int64_t, 2> pairs) {
+  require(pairs.shape(1) == 2, "copies are pairs of blocks");
+  nb::gil_scoped_release release;
+  p.copy_blocks(pairs.data(), static_cast<int64_t>(pairs.shape(0)));
 }
 
 hexad::Epilogue epilogue_of(const std::string& name) {
@@ -153,12 +193,17 @@ NB_MODULE(_native, m) {
       .def("forward", &forward, "tokens"_a.noconvert(), "row_starts"_a.noconvert(), "starts"_a.noconvert(),
            "block_tables"_a.noconvert(), "sample_rows"_a.noconvert())
       .def("logits", &logits, "out"_a.noconvert())
-      .def("sample", &sample, "temperature"_a.noconvert(), "top_k"_a.noconvert(), "top_p"_a.noconvert(),
-           "min_p"_a.noconvert(), "seed"_a.noconvert(), "sequence"_a.noconvert(), "position"_a.noconvert(),
-           "out"_a.noconvert())
-      .def("copy_block", &Program::copy_block, "source"_a, "destination"_a)
+      .def("hidden", &hidden, "out"_a.noconvert())
+      .def("sample", &sample, "rows"_a.noconvert(), "history"_a.noconvert(), "history_starts"_a.noconvert(),
+           "bias_ids"_a.noconvert(), "bias_values"_a.noconvert(), "bias_starts"_a.noconvert(),
+           "ask_ids"_a.noconvert(), "ask_starts"_a.noconvert(), "masks"_a.noconvert(), "tokens"_a.noconvert(),
+           "mirostat_mu"_a.noconvert(), "logprobs"_a.noconvert(), "ranks"_a.noconvert(),
+           "top_ids"_a.noconvert(), "top_logprobs"_a.noconvert(), "ask_logprobs"_a.noconvert(),
+           "ask_ranks"_a.noconvert())
+      .def("copy_blocks", &copy_blocks, "pairs"_a.noconvert())
       .def_prop_ro("samples", &Program::samples)
       .def_prop_ro("vocab", &Program::vocab)
+      .def_prop_ro("hidden_size", &Program::hidden_size)
       .def_prop_ro("weight_bytes", &Program::weight_bytes)
       .def_prop_ro("workspace_bytes", &Program::workspace_bytes)
       .def_prop_ro("isa", [](const Program& p) { return std::string(p.isa()); })

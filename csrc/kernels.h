@@ -13,12 +13,15 @@ constexpr int kGroup = 32;          // columns that share a scale, in weights an
 constexpr int kMaxTile = 6;         // batch rows in one activation tile
 constexpr int kBlockTokens = 32;    // tokens per KV cache block
 constexpr int kSegmentBlocks = 16;  // KV blocks per attention segment: 512 keys
+constexpr int kLogitBlock = 256;    // logits that share a maximum
 
 enum class Layout : int { kW4, kW4M, kW8, kF16, kF32, kCount };
 
 struct LinearArgs;     // ops/linear.h
 struct AttentionArgs;  // ops/attention.h
 struct StoreKvArgs;    // ops/attention.h
+struct WeightSums;     // ops/logits.h
+struct Moments;        // ops/logits.h
 
 struct Kernels {
   const char* isa;
@@ -37,7 +40,6 @@ struct Kernels {
   void (*rotate)(float* head, const float* cosine, const float* sine, int64_t half);
   void (*gated_silu)(const float* gate, const float* up, int64_t n, float* out);
   void (*add)(const float* a, const float* b, int64_t n, float* out);
-  int64_t (*argmax)(const float* x, int64_t n);
 
   // ops/rows.h; what probes run.
   int64_t (*read)(const void* data, int64_t bytes);
@@ -46,6 +48,13 @@ struct Kernels {
   // ops/attention.h; indexed by KV dtype: 0 is f32, 1 is f16.
   void (*attention[2])(const AttentionArgs&);
   void (*store_kv[2])(const StoreKvArgs&);
+
+  // ops/logits.h
+  void (*block_maxima)(const float* x, int64_t n, float* maxima);
+  uint64_t (*at_least)(const float* x, int64_t n, float threshold);
+  WeightSums (*weigh)(const float* x, int64_t n, float largest, float temperature, float floor, float* w);
+  Moments (*moments)(const float* x, int64_t n, float floor, double centre);
+  void (*mask)(const float* x, int64_t n, const uint32_t* bits, float* out);
 };
 
 // One per ISA that this build has; the only symbol its objects export beside the three parts it calls.

@@ -13,7 +13,8 @@
 namespace hexad {
 namespace {
 
-constexpr int64_t kLogitRows = 32;  // rows whose logits exist at a time
+constexpr int64_t kLogitRows = 32;    // rows whose logits exist at a time
+constexpr int64_t kMaximaTasks = 16;  // parts of a row whose maxima are found by different members
 
 [[noreturn]] void fail(const std::string& message) { throw std::invalid_argument(message); }
 
@@ -51,6 +52,8 @@ Program::Program(const Options& options)
   require(options.max_rows >= 1 && options.max_seqs >= 1 && options.kv_blocks >= 1,
           "limits must be positive");
 }
+
+Program::~Program() = default;
 
 int Program::add_weight(const std::string& stored, int64_t rows, int64_t columns) {
   const Layout layout = packed_layout(stored_of(stored));
@@ -327,9 +330,12 @@ void Program::seal() {
     for (auto& out : s.out) out = allocate<float>(at(kMaxBlockRows * kPanelRows));
     s.strip = allocate<char>(kStripBytes);
     s.attention = allocate<float>(at(attention));
-    if (head_) s.candidates.reserve(at(vocab()));
+    if (head_) s.sampler.reserve(vocab());
   }
-  if (head_) logits_tile_ = allocate<float>(at(kLogitRows * vocab()));
+  if (head_) {
+    logits_tile_ = allocate<float>(at(kLogitRows * vocab()));
+    logits_maxima_ = allocate<float>(at(kLogitRows * logit_blocks(vocab())));
+  }
   row_seq_.resize(at(options_.max_rows));
   row_position_.resize(at(options_.max_rows));
   sealed_ = true;
@@ -338,6 +344,11 @@ void Program::seal() {
 int64_t Program::vocab() const {
   require(head_weight_ >= 0, "the program has no logits");
   return weight(head_weight_).rows;
+}
+
+int64_t Program::hidden_size() const {
+  require(head_weight_ >= 0, "the program has no logits");
+  return weight(head_weight_).columns;
 }
 
 int64_t Program::weight_bytes() const {
@@ -349,13 +360,12 @@ int64_t Program::weight_bytes() const {
 
 int64_t Program::workspace_bytes() const {
   const auto bytes = [](const auto& memory) { return static_cast<int64_t>(memory.get_deleter().bytes); };
-  int64_t total = bytes(quantised_tiles_) + bytes(dense_tiles_) + bytes(logits_tile_);
+  int64_t total = bytes(quantised_tiles_) + bytes(dense_tiles_) + bytes(logits_tile_) + bytes(logits_maxima_);
   for (const Buffer& b : buffers_) total += bytes(b.data);
   for (const Rope& rope : ropes_) total += bytes(rope.table);
   for (const Scratch& s : scratch_)
     total += bytes(s.rows) + bytes(s.tile) + bytes(s.dense_tile) + bytes(s.out[0]) + bytes(s.out[1]) +
-             bytes(s.strip) + bytes(s.attention) +
-             static_cast<int64_t>(s.candidates.capacity() * sizeof(Candidate));
+             bytes(s.strip) + bytes(s.attention) + s.sampler.bytes();
   return total;
 }
 
@@ -368,7 +378,8 @@ void Program::forward(const BatchView& batch) {
   require(batch.seqs >= 1 && batch.seqs <= options_.max_seqs,
           "a step of " + std::to_string(batch.seqs) + " sequences; 1 to " +
               std::to_string(options_.max_seqs) + " are planned for");
-  require(batch.samples <= batch.rows, "more sample rows than rows");
+  require(batch.samples <= options_.max_rows, std::to_string(batch.samples) + " sample rows; at most " +
+                                                  std::to_string(options_.max_rows) + " are planned for");
   require(batch.row_starts[0] == 0 && batch.row_starts[batch.seqs] == batch.rows,
           "row_starts do not cover the rows");
   for (int64_t i = 0; i < batch.rows && vocabulary_ > 0; ++i)
@@ -397,7 +408,7 @@ void Program::forward(const BatchView& batch) {
   }
   for (int64_t i = 0; i < batch.samples; ++i)
     require(batch.sample_rows[i] >= 0 && batch.sample_rows[i] < batch.rows &&
-                (i == 0 || batch.sample_rows[i] > batch.sample_rows[i - 1]),
+                (i == 0 || batch.sample_rows[i] >= batch.sample_rows[i - 1]),
             "sample rows are not ascending rows of the batch");
   batch_ = batch;
   samples_ = batch.samples;
@@ -407,45 +418,83 @@ void Program::forward(const BatchView& batch) {
   batch_ = {};
 }
 
-void Program::run_logits(int64_t begin, int64_t rows, float* out) {
-  auto* head = static_cast<LinearOp*>(head_.get());
-  head->head_out = out;
-  team_.run([&](int member) { head->run(*this, member, begin, rows); });
+void Program::check_head(int64_t rows) const {
+  require(head_ != nullptr && sealed_, "the program has no logits");
+  require(rows == samples_, "room or parameters for " + std::to_string(rows) + " rows; the last step has " +
+                                std::to_string(samples_) + " sample rows");
 }
 
 void Program::logits(float* out, int64_t rows) {
   const Busy busy(busy_);
-  require(head_ != nullptr && sealed_, "the program has no logits");
-  require(rows == samples_, "room for " + std::to_string(rows) + " rows; the last step has " +
-                                std::to_string(samples_) + " sample rows");
-  for (int64_t begin = 0; begin < samples_; begin += kLogitRows)
-    run_logits(begin, std::min(kLogitRows, samples_ - begin), out + begin * vocab());
-}
-
-void Program::sample(const SampleParams* params, int32_t* tokens, int64_t count) {
-  const Busy busy(busy_);
-  require(head_ != nullptr && sealed_, "the program has no logits");
-  require(count == samples_, "sampling parameters of " + std::to_string(count) + " rows; the last step has " +
-                                 std::to_string(samples_) + " sample rows");
-  for (int64_t begin = 0; begin < samples_; begin += kLogitRows) {
-    const int64_t rows = std::min(kLogitRows, samples_ - begin);
-    run_logits(begin, rows, logits_tile_.get());
-    team_.run([&](int member) {
-      team_.loop(member, rows, [&](int64_t i) {
-        tokens[begin + i] = sample_token(kernels_, logits_tile_.get() + i * vocab(), vocab(),
-                                         params[begin + i], scratch_[at(member)].candidates);
-      });
-    });
+  check_head(rows);
+  for (int64_t begin = 0; begin < rows; begin += kLogitRows) {
+    head_->head_out = out + begin * vocab();
+    team_.run([&](int member) { head_->run(*this, member, begin, std::min(kLogitRows, rows - begin)); });
   }
 }
 
-void Program::copy_block(int64_t from, int64_t to) {
+void Program::hidden(float* out, int64_t rows) {
   const Busy busy(busy_);
-  require(from >= 0 && from < options_.kv_blocks && to >= 0 && to < options_.kv_blocks,
-          "KV block out of range");
-  if (from != to)
-    std::memcpy(cache_.data.get() + to * cache_.block_bytes, cache_.data.get() + from * cache_.block_bytes,
-                at(cache_.block_bytes));
+  check_head(rows);
+  const int64_t size = hidden_size();
+  for (int64_t i = 0; i < rows; ++i) {
+    const float* x = buffer(head_->x).row(i);
+    if (head_->norm < 0)
+      std::memcpy(out + i * size, x, at(size) * sizeof(float));
+    else
+      kernels_.norm(x, vector(head_->norm), head_->eps, size, out + i * size);
+  }
+}
+
+void Program::sample(const SampleBatch& wanted, const SampleOutput& output) {
+  const Busy busy(busy_);
+  check_head(wanted.count);
+  wanted.check(vocab());
+  int64_t longest = 0;
+  for (int64_t i = 0; i < wanted.count; ++i) {
+    require(wanted.rows[i].num_logprobs <= output.top_width,
+            "no room for " + std::to_string(wanted.rows[i].num_logprobs) + " logprobs");
+    if (wanted.rows[i].dry_multiplier != 0) longest = std::max(longest, wanted.history.length(i));
+  }
+  for (Scratch& s : scratch_)
+    if (s.sampler.runs.size() < at(longest)) s.sampler.runs.resize(at(longest));
+  const int64_t width = vocab(), blocks = logit_blocks(width);
+  head_->head_out = logits_tile_.get();
+  team_.run([&](int member) {
+    for (int64_t begin = 0; begin < wanted.count; begin += kLogitRows) {
+      const int64_t rows = std::min(kLogitRows, wanted.count - begin);
+      bool wants = false;
+      for (int64_t i = 0; i < rows; ++i) wants |= wanted.wants(begin + i);
+      if (!wants) {
+        team_.loop(member, rows, [&](int64_t i) { skip_row(wanted, begin + i, output); });
+        continue;
+      }
+      head_->run(*this, member, begin, rows);
+      // By columns, as the panels were: a member finds most of what it reads in its own cache.
+      team_.loop(member, kMaximaTasks * rows, [&](int64_t task) {
+        const int64_t i = task % rows, part = task / rows;
+        const int64_t from = blocks * part / kMaximaTasks, to = blocks * (part + 1) / kMaximaTasks;
+        kernels_.block_maxima(logits_tile_.get() + i * width + from * kLogitBlock,
+                              std::min(to * kLogitBlock, width) - from * kLogitBlock,
+                              logits_maxima_.get() + i * blocks + from);
+      });
+      team_.loop(member, rows, [&](int64_t i) {
+        sample_row(kernels_, logits_tile_.get() + i * width, logits_maxima_.get() + i * blocks, width, wanted,
+                   begin + i, scratch_[at(member)].sampler, output);
+      });
+    }
+  });
+}
+
+void Program::copy_blocks(const int64_t* pairs, int64_t count) {
+  const Busy busy(busy_);
+  for (int64_t i = 0; i < 2 * count; ++i)
+    require(pairs[i] >= 0 && pairs[i] < options_.kv_blocks,
+            "KV block " + std::to_string(pairs[i]) + " does not exist");
+  for (int64_t i = 0; i < count; ++i)
+    if (pairs[2 * i] != pairs[2 * i + 1])
+      std::memcpy(cache_.data.get() + pairs[2 * i + 1] * cache_.block_bytes,
+                  cache_.data.get() + pairs[2 * i] * cache_.block_bytes, at(cache_.block_bytes));
 }
 
 }  // namespace hexad

@@ -68,6 +68,7 @@ enum class Epilogue { kStore, kAdd, kGated };
 inline size_t at(int64_t i) { return static_cast<size_t>(i); }
 
 class Program;
+struct LinearOp;
 
 // Per-member working memory, sized when the program is sealed.
 struct Scratch {
@@ -78,7 +79,7 @@ struct Scratch {
   Memory<float> out[2];           // kernel output for a block of rows × one panel
   Memory<char> strip;             // kStripBytes
   Memory<float> attention;
-  std::vector<Candidate> candidates;
+  SamplerScratch sampler;
 };
 
 class Op {
@@ -92,6 +93,7 @@ class Op {
 class Program {
  public:
   explicit Program(const Options& options);
+  ~Program();
 
   // Building. Each returns the number later calls name it by; std::invalid_argument for what does not fit.
   int add_weight(const std::string& stored, int64_t rows, int64_t columns);
@@ -118,11 +120,15 @@ class Program {
   void forward(const BatchView& batch);
   // `rows` and `count` are what the caller made room for: the sample rows of the last forward.
   void logits(float* out, int64_t rows);
-  void sample(const SampleParams* params, int32_t* tokens, int64_t count);
-  void copy_block(int64_t from, int64_t to);
+  void sample(const SampleBatch& wanted, const SampleOutput& output);
+  // The sample rows as the logits' matrix takes them, after its norm [rows][hidden()].
+  void hidden(float* out, int64_t rows);
+  // Copies KV blocks, each pair a source and a destination, in order.
+  void copy_blocks(const int64_t* pairs, int64_t count);
 
   int64_t samples() const { return samples_; }
   int64_t vocab() const;
+  int64_t hidden_size() const;
   int64_t weight_bytes() const;
   int64_t workspace_bytes() const;  // everything beside weights and cache
   const char* isa() const { return kernels_.isa; }
@@ -173,13 +179,13 @@ class Program {
   int check_buffer(int buffer, int64_t features, const char* what) const;
   void check_vector(int vector, int64_t n, const char* what) const;
   const Weight& check_weight(int weight) const;
-  void run_logits(int64_t begin, int64_t rows, float* out);
+  void check_head(int64_t rows) const;
   void add_op(std::unique_ptr<Op> op);
 
   std::vector<std::unique_ptr<Op>> ops_;
-  std::unique_ptr<Op> head_;
+  std::unique_ptr<LinearOp> head_;
   int head_weight_ = -1;
-  Memory<float> logits_tile_;
+  Memory<float> logits_tile_, logits_maxima_;
   int64_t samples_ = 0;
   int64_t vocabulary_ = 0;  // rows of the embedding table
   bool sampled_domain_ = false, sealed_ = false;

@@ -108,18 +108,6 @@ void add_rows(const float* a, const float* b, int64_t n, float* out) {
   }
 }
 
-int64_t argmax(const float* x, int64_t n) {
-  // max(NaN, b) is b in every vocabulary, so NaNs are passed over.
-  F32 largest = splat(-__builtin_inff());
-  int64_t i = 0;
-  for (; i + 16 <= n; i += 16) largest = max(load(x + i), largest);
-  float best = max_of(largest);
-  for (; i < n; ++i) best = x[i] > best ? x[i] : best;
-  for (i = 0; i < n; ++i)
-    if (x[i] == best) return i;
-  return 0;  // nothing but NaNs
-}
-
 int64_t read(const void* data, int64_t bytes) {
   const char* p = static_cast<const char*>(data);
   Quads total[4] = {load_quads(p), load_quads(p + 64), load_quads(p + 128), load_quads(p + 192)};
@@ -154,7 +142,6 @@ void fill_rows(Kernels& table) {
   table.rotate = rotate;
   table.gated_silu = gated_silu;
   table.add = add_rows;
-  table.argmax = argmax;
   table.read = read;
   table.dot_rate = dot_rate;
 }

@@ -10,7 +10,6 @@
 // rotate         half-split RoPE in place: (a, b) = (head[i], head[i + half]) → (a·cos − b·sin, b·cos + a·sin).
 // gated_silu     out = gate / (1 + e^−gate) · up.
 // add            out = a + b.
-// argmax         index of the largest value, the first of equals; NaNs are passed over.
 // read           walks bytes (a multiple of 256) once and returns something that depends on all of them.
 // dot_rate       `iterations` rounds of independent dot products in registers; returns the multiply-adds done.
 #pragma once

@@ -13,6 +13,7 @@ void fill_kernels(Kernels& table) {
   fill_linear(table);
   fill_rows(table);
   fill_attention(table);
+  fill_logits(table);
 }
 
 }  // namespace hexad::HEXAD_NAMESPACE

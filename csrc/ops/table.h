@@ -8,5 +8,6 @@ namespace hexad::HEXAD_NAMESPACE {
 void fill_linear(Kernels& table);
 void fill_rows(Kernels& table);
 void fill_attention(Kernels& table);
+void fill_logits(Kernels& table);
 
 }  // namespace hexad::HEXAD_NAMESPACE

@@ -22,6 +22,7 @@ inline void store(float* p, F32 x) { _mm512_storeu_ps(p, x); }
 inline Mask first_lanes(int64_t n) { return n >= 16 ? Mask{0xFFFF} : static_cast<Mask>((1u << n) - 1); }
 inline F32 load(const float* p, Mask m) { return _mm512_maskz_loadu_ps(m, p); }
 inline void store(float* p, F32 x, Mask m) { _mm512_mask_storeu_ps(p, m, x); }
+inline Mask at_least(F32 a, F32 b) { return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ); }
 inline F32 select(Mask m, F32 yes, F32 no) { return _mm512_mask_blend_ps(m, no, yes); }
 
 inline F32 add(F32 a, F32 b) { return _mm512_add_ps(a, b); }
@@ -41,6 +42,22 @@ inline F32 load_f16(const uint16_t* p) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
 inline uint16_t to_f16(float x) { return static_cast<uint16_t>(_cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT)); }
+
+// Sixteen doubles.
+struct F64 {
+  __m512d low, high;
+};
+inline F64 splat_wide(double x) { return {_mm512_set1_pd(x), _mm512_set1_pd(x)}; }
+inline F64 widen(F32 x) {
+  return {_mm512_cvtps_pd(_mm512_castps512_ps256(x)), _mm512_cvtps_pd(_mm512_extractf32x8_ps(x, 1))};
+}
+inline F64 add(F64 a, F64 b) { return {_mm512_add_pd(a.low, b.low), _mm512_add_pd(a.high, b.high)}; }
+inline F64 sub(F64 a, F64 b) { return {_mm512_sub_pd(a.low, b.low), _mm512_sub_pd(a.high, b.high)}; }
+inline F64 mul(F64 a, F64 b) { return {_mm512_mul_pd(a.low, b.low), _mm512_mul_pd(a.high, b.high)}; }
+inline F64 fma(F64 a, F64 b, F64 c) {
+  return {_mm512_fmadd_pd(a.low, b.low, c.low), _mm512_fmadd_pd(a.high, b.high, c.high)};
+}
+inline double sum(F64 a) { return _mm512_reduce_add_pd(_mm512_add_pd(a.low, a.high)); }
 
 inline I32 splat_int(int32_t x) { return _mm512_set1_epi32(x); }
 inline F32 to_float(I32 x) { return _mm512_cvtepi32_ps(x); }

@@ -34,6 +34,12 @@ inline void store(float* p, F32 x, Mask m) {
   for (int i = 0; i < 16; ++i)
     if (m >> i & 1) p[i] = x[i];
 }
+inline Mask at_least(F32 a, F32 b) {
+  I32 yes = a >= b;
+  int bits = 0;
+  for (int i = 0; i < 16; ++i) bits |= (yes[i] & 1) << i;
+  return static_cast<Mask>(bits);
+}
 inline F32 select(Mask m, F32 yes, F32 no) {
   for (int i = 0; i < 16; ++i)
     if (!(m >> i & 1)) yes[i] = no[i];
@@ -113,6 +119,19 @@ inline uint16_t to_f16(float x) {
   }
   const uint32_t odd = magnitude >> 13 & 1;
   return static_cast<uint16_t>(sign | ((magnitude + 0xFFFu + odd - 0x38000000u) >> 13));
+}
+
+typedef double F64 __attribute__((vector_size(128)));
+inline F64 splat_wide(double x) { return F64{} + x; }
+inline F64 widen(F32 x) { return __builtin_convertvector(x, F64); }
+inline F64 add(F64 a, F64 b) { return a + b; }
+inline F64 sub(F64 a, F64 b) { return a - b; }
+inline F64 mul(F64 a, F64 b) { return a * b; }
+inline F64 fma(F64 a, F64 b, F64 c) { return a * b + c; }
+inline double sum(F64 a) {
+  for (int n = 8; n; n /= 2)
+    for (int i = 0; i < n; ++i) a[i] += a[i + n];
+  return a[0];
 }
 
 inline I32 splat_int(int32_t x) { return I32{} + x; }

@@ -70,22 +70,34 @@ class Program:
         sample_rows: NDArray[Any],
     ) -> None: ...
     def logits(self, out: NDArray[Any]) -> None: ...
+    def hidden(self, out: NDArray[Any]) -> None: ...
     def sample(
         self,
-        temperature: NDArray[Any],
-        top_k: NDArray[Any],
-        top_p: NDArray[Any],
-        min_p: NDArray[Any],
-        seed: NDArray[Any],
-        sequence: NDArray[Any],
-        position: NDArray[Any],
-        out: NDArray[Any],
+        rows: NDArray[Any],
+        history: NDArray[Any],
+        history_starts: NDArray[Any],
+        bias_ids: NDArray[Any],
+        bias_values: NDArray[Any],
+        bias_starts: NDArray[Any],
+        ask_ids: NDArray[Any],
+        ask_starts: NDArray[Any],
+        masks: NDArray[Any],
+        tokens: NDArray[Any],
+        mirostat_mu: NDArray[Any],
+        logprobs: NDArray[Any],
+        ranks: NDArray[Any],
+        top_ids: NDArray[Any],
+        top_logprobs: NDArray[Any],
+        ask_logprobs: NDArray[Any],
+        ask_ranks: NDArray[Any],
     ) -> None: ...
-    def copy_block(self, source: int, destination: int) -> None: ...
+    def copy_blocks(self, pairs: NDArray[Any]) -> None: ...
     @property
     def samples(self) -> int: ...
     @property
     def vocab(self) -> int: ...
+    @property
+    def hidden_size(self) -> int: ...
     @property
     def weight_bytes(self) -> int: ...
     @property

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
 import pytest
-from tests.kernels.test_sampler import params, sample_batch
+from tests.sampling import make_batch as make_sample_batch
 from tests.tiny_models import limits_for, make_batch, one_sequence, tiny_llama
 
 from hexad import _native
 from hexad.backends.backend import Batch, CompileOptions, Limits
 from hexad.backends.cpu import CpuBackend, CpuExecutable
+from hexad.backends.sampling import SampleBatch
 from hexad.errors import BackendError
 from hexad.graph.fuse import fuse
 from hexad.weights import Q4_1
@@ -66,8 +67,7 @@ BAD = {
     "sample row past the batch": {"sample_rows": ints(39, 41)},
     "negative sample row": {"sample_rows": ints(-1, 40)},
     "falling sample rows": {"sample_rows": ints(40, 39)},
-    "a sample row twice": {"sample_rows": ints(40, 40)},
-    "more sample rows than rows": {"sample_rows": np.arange(42, dtype=np.int32)},
+    "more sample rows than are planned for": {"sample_rows": np.zeros(65, np.int32)},
     "int64 tokens": {"tokens": np.zeros(41, np.int64)},
     "float tokens": {"tokens": np.zeros(41, np.float32)},
     "two-dimensional tokens": {"tokens": np.zeros((41, 1), np.int32)},
@@ -88,16 +88,20 @@ def test_bad_batch(wrong: dict[str, np.ndarray]) -> None:
     assert np.array_equal(executable.logits(), before)
 
 
-@pytest.mark.parametrize("name", ["temperature", "top_k", "top_p", "min_p", "seed", "sequence", "position"])
-def test_bad_sampling_parameters(name: str) -> None:
+@pytest.mark.parametrize("field", fields(SampleBatch), ids=lambda field: field.name)
+def test_bad_sampling_parameters(field: Any) -> None:
+    """Arrays of another length, type or shape; tests/kernels/test_sampler.py has wrong contents."""
     executable = compiled()
     executable.forward(GOOD)
-    good = sample_batch([params(), params()])
+    good = make_sample_batch([{"mask": 0}, {}], 160, [[1], [2]], [{3: 1.0}, {4: 1.0}], [[5], [6]], [[7]])
     executable.sample(good)
-    array = getattr(good, name)
-    for wrong in (array[:1], np.append(array, array), array.astype(np.complex64), array[:, None]):
+    array = getattr(good, field.name)
+    wrong = [array[:0], array.repeat(2)]
+    if array.dtype.names is None:
+        wrong.append(array.astype(np.float64))
+    for other in wrong:
         with pytest.raises(BackendError):
-            executable.sample(replace(good, **{name: wrong}))
+            executable.sample(replace(good, **{field.name: other}))
 
 
 @pytest.mark.parametrize("copy", [(-1, 0), (0, 8), (8, 0), (0, -1), (2**40, 0)])

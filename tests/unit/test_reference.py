@@ -1,25 +1,22 @@
-"""The reference backend by itself: paging, batching, its refusals, and the definition of sampling."""
+"""The reference backend by itself: paging, batching, its refusals, and what it hands out."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
+from tests.sampling import make_batch as sample_batch
 from tests.tiny_models import limits_for, make_batch, one_sequence, tiny_llama
 
-from hexad.backends.backend import Batch, CompileOptions, Limits, SampleBatch
-from hexad.backends.reference import (
-    ReferenceBackend,
-    ReferenceExecutable,
-    philox4x32,
-    rotate,
-    sample_token,
-    silu,
-)
+from hexad.backends.backend import Batch, CompileOptions, Limits
+from hexad.backends.reference import ReferenceBackend, ReferenceExecutable, rotate, silu
+from hexad.backends.reference_sampler import sample
 from hexad.errors import BackendError
 from hexad.graph import Node, RopeSpec
+from hexad.graph.fuse import fuse
 
 NOISE = 1e-4
 """BLAS adds in an order that depends on the shapes; logits are about 10, and 1e-5 has been seen."""
@@ -159,140 +156,44 @@ def test_a_graph_it_cannot_run_is_refused() -> None:
         ReferenceBackend().compile(graph, graph.weights, CompileOptions(), limits)
 
 
-# Sampling.
+# What is made of the logits.
 
 
-@pytest.mark.parametrize(
-    ("counter", "key", "words"),
-    [  # known answers of the Random123 distribution
-        ((0, 0, 0, 0), (0, 0), "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
-        ((0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2, "408f276d 41c83b0e a20bc7c6 6d5451fd"),
-        (
-            (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
-            (0xA4093822, 0x299F31D0),
-            "d16cfe09 94fdcceb 5001e420 24126ea1",
-        ),
-    ],
-)
-def test_philox_gives_the_known_answers(counter: tuple[int, ...], key: tuple[int, ...], words: str) -> None:
-    assert " ".join(f"{word:08x}" for word in philox4x32(counter, key)) == words
-
-
-LOGITS = np.array([1.0, 3.0, 2.0, 3.0, -1.0, 0.0, -np.inf], np.float32)
-
-
-def draw(logits: np.ndarray = LOGITS, **changes: Any) -> int:
-    params: dict[str, Any] = {
-        "temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "seed": 1, "sequence": 0, "position": 0,
-    }  # fmt: skip
-    return sample_token(logits, **params | changes)
-
-
-def drawn(**changes: Any) -> set[int]:
-    return {draw(seed=seed, **changes) for seed in range(300)}
-
-
-def test_greedy_takes_the_first_of_the_largest() -> None:
-    assert {draw(temperature=0.0, seed=seed) for seed in range(20)} == {1}
-    assert draw(temperature=9e-6, top_k=1) == 1
-
-
-@pytest.mark.parametrize("changes", [{}, {"top_k": 3}, {"top_p": 0.9}, {"min_p": 0.01}, {"temperature": 0.0}])
-def test_nans_are_passed_over(changes: dict[str, Any]) -> None:
-    """As if their tokens did not exist: the draws are those of the other logits alone."""
-    holes = np.insert(LOGITS, [0, 2, 7], np.nan)
-    ids = np.flatnonzero(~np.isnan(holes))
-    for seed in range(50):
-        assert draw(holes, seed=seed, **changes) == ids[draw(seed=seed, **changes)]
-        for broken in (np.full(7, np.nan), np.full(7, -np.inf), np.append(LOGITS, np.inf)):
-            assert draw(broken.astype(np.float32), seed=seed, **changes) == -1
-
-
-def test_what_each_rule_keeps() -> None:
-    assert drawn(temperature=2.0) == {0, 1, 2, 3, 4, 5}
-    assert drawn(top_k=1) == {1}
-    assert drawn(top_k=2) == {1, 3}
-    assert drawn(top_k=3) == {1, 3, 2}
-    assert drawn(top_k=100, temperature=2.0) == drawn(top_k=-1, temperature=2.0) == {0, 1, 2, 3, 4, 5}
-    assert drawn(min_p=1.0) == {1, 3}
-    assert drawn(min_p=0.3) == {1, 3, 2}
-    assert drawn(min_p=math.exp(-1.99)) == {1, 3, 2}
-    assert drawn(min_p=math.exp(-2.01)) == {0, 1, 3, 2}
-    # of the mass of 1, 3, 2, 0 …: 0.387, 0.774, 0.916, 0.969
-    assert drawn(top_p=0.3) == {1}
-    assert drawn(top_p=0.5) == {1, 3}
-    assert drawn(top_p=0.9) == {1, 3, 2}
-    assert drawn(top_p=0.95, temperature=1.0) == {1, 3, 2, 0}
-
-
-def test_the_rules_apply_in_order() -> None:
-    # top_p counts what top_k has left: of the mass of 1 and 3 alone, one holds a half
-    assert drawn(top_k=2, top_p=0.5) == {1}
-    assert drawn(top_k=2, top_p=0.51) == {1, 3}
-    # min_p is relative to the most likely token and takes the temperature into account
-    assert drawn(min_p=0.3, temperature=2.0) == {1, 3, 2, 0}
-    assert drawn(min_p=0.3, top_p=0.6) == {1, 3}
-
-
-def test_frequencies_are_the_probabilities() -> None:
-    count = 20_000
-    for changes in ({}, {"top_k": 4}, {"top_p": 0.9}, {"min_p": 0.1}, {"temperature": 0.5}):
-        temperature = changes.get("temperature", 1.0)
-        kept = {"top_k": [1, 3, 2, 0], "top_p": [1, 3, 2], "min_p": [1, 3, 2, 0]}
-        ids = next((kept[key] for key in changes if key in kept), list(range(7)))
-        weights = np.zeros(7)
-        weights[ids] = np.exp(LOGITS[ids] / temperature)
-        expected = weights / weights.sum()
-        found = np.bincount([draw(position=i, **changes) for i in range(count)], minlength=7) / count
-        # five standard deviations of a binomial share
-        assert (np.abs(found - expected) <= 5 * np.sqrt(expected * (1 - expected) / count)).all(), changes
-
-
-def test_a_draw_depends_on_seed_sequence_and_position_and_on_nothing_else() -> None:
-    wide = np.zeros(10_000, np.float32)
-    base = draw(wide, seed=2**63 + 5, sequence=2, position=7)
-    assert base == draw(wide, seed=2**63 + 5, sequence=2, position=7)
-    others = [
-        draw(wide, seed=5, sequence=2, position=7),
-        draw(wide, seed=2**63 + 6, sequence=2, position=7),
-        draw(wide, seed=2**63 + 5, sequence=3, position=7),
-        draw(wide, seed=2**63 + 5, sequence=2, position=8),
-    ]
-    assert len({base, *others}) == 5
-
-
-def test_the_draw_inverts_the_distribution_function() -> None:
-    u = int(philox4x32((9, 4, 0, 0), (7, 0))[0] >> 8) * 2.0**-24
-    assert 0 <= u < 1
-    wide = np.zeros(1000, np.float32)
-    assert draw(wide, seed=7, sequence=4, position=9) == math.floor(u * 1000)
-    # with top_p the likeliest come first: the logits' order, not that of the ids
-    rising = np.linspace(0, 1e-3, 1000, dtype=np.float32)
-    assert draw(rising, seed=7, sequence=4, position=9, top_p=0.999999) == pytest.approx(
-        999 - u * 1000, abs=2
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("transform", [lambda graph: graph, fuse], ids=["plain", "fused"])
+def test_hidden_states_are_what_logits_are_made_of(transform: Any, tied: bool) -> None:
+    model = tiny_llama(tied=tied)
+    graph = transform(model.graph())
+    executable = ReferenceBackend().compile(
+        graph, graph.weights, CompileOptions(kv_dtype="f32"), limits_for()
     )
+    assert executable.hidden().shape == (0, 64)
+    executable.forward(make_batch([(PROMPT[:9], 0, [0]), (OTHER[:5], 0, [1])], sample="all"))
+    hidden = executable.hidden()
+    assert (hidden.dtype, hidden.shape) == (np.float32, (14, 64))
+    # after the norm: of the size of its weights
+    size = hidden / model.weights["model.norm.weight"].dequantise()
+    np.testing.assert_allclose(np.sqrt((size**2).mean(axis=1)), 1, rtol=1e-4)
+    head = model.weights["model.embed_tokens.weight" if tied else "lm_head.weight"].dequantise()
+    np.testing.assert_allclose(hidden @ head.T, executable.logits(), atol=NOISE)
 
 
-def test_sample_draws_a_token_per_row() -> None:
+def test_sample_draws_and_reports_for_each_sample_row() -> None:
     executable = compiled()
-    executable.forward(make_batch([(PROMPT[:9], 0, [0]), (OTHER[:5], 0, [1]), (OTHER[:5], 0, [2])]))
-    params = SampleBatch(
-        temperature=np.array([0, 1, 1], np.float32),
-        top_k=np.array([0, 20, 20], np.int32),
-        top_p=np.array([1, 0.9, 0.9], np.float32),
-        min_p=np.array([0, 0.01, 0.01], np.float32),
-        seed=np.array([1, 2**64 - 1, 2**64 - 1], np.uint64),
-        sequence=np.array([0, 1, 1], np.uint32),
-        position=np.array([9, 5, 5], np.uint32),
-    )
-    tokens = executable.sample(params)
-    assert tokens.dtype == np.int32
-    assert tokens[0] == executable.logits()[0].argmax()
-    assert tokens[1] == tokens[2]
-    top_p, min_p = float(np.float32(0.9)), float(np.float32(0.01))
-    assert tokens[1] == draw(
-        executable.logits()[1], top_k=20, top_p=top_p, min_p=min_p, seed=2**64 - 1, sequence=1, position=5
-    )
+    batch = make_batch([(PROMPT[:9], 0, [0]), (OTHER[:5], 0, [1])])
+    # the first prompt's last row draws for two sequences; the second's reports, then wants nothing
+    batch = replace(batch, sample_rows=np.array([8, 8, 13, 13], np.int32))
+    executable.forward(batch)
+    logits = executable.logits()
+    assert (logits[0] == logits[1]).all()
+    assert executable.hidden().shape == (4, 64)
+    hot = {"temperature": 20.0}
+    wanted = sample_batch([hot, hot | {"sequence": 1}, {"draw": 0, "num_logprobs": 2}, {"draw": 0}], 160)
+    output = executable.sample(wanted)
+    assert (output.tokens >= 0).tolist() == [True, True, False, False]
+    assert output.tokens[0] != output.tokens[1]
+    assert output.top_ids.tolist() == [[-1, -1]] * 2 + [np.argsort(-logits[2])[:2].tolist()] + [[-1, -1]]
+    np.testing.assert_array_equal(output.tokens, sample(logits, wanted).tokens)
     executable.forward(make_batch([(PROMPT[:9], 0, [0])]))
-    with pytest.raises(BackendError, match="parameters of 3 rows for 1"):
-        executable.sample(params)
+    with pytest.raises(BackendError, match="parameters of 4 rows for 1"):
+        executable.sample(wanted)

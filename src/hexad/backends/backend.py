@@ -9,6 +9,7 @@ from typing import Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from hexad.backends.sampling import SampleBatch, SampleOutput
 from hexad.graph import Graph
 from hexad.weights import Weight
 
@@ -40,11 +41,12 @@ class CompileOptions:
 class Batch:
     """The ragged arrays of one step, all int32 and C-contiguous.
 
-    tokens [rows]: the tokens to compute, sequence after sequence.
-    row_starts [seqs + 1]: sequence s has rows row_starts[s] … row_starts[s+1] − 1.
-    starts [seqs]: position of each sequence's first row; its earlier positions are in the KV cache.
-    block_tables [seqs, width]: KV block numbers of each sequence, padded with −1.
-    sample_rows [n]: rows whose logits are wanted, ascending.
+    tokens [rows]: the tokens to compute, sequence after sequence. row_starts [seqs + 1]: sequence s has rows
+    row_starts[s] … row_starts[s+1] − 1. starts [seqs]: position of each sequence's first row; its earlier
+    positions are in the KV cache. block_tables [seqs, width]: KV block numbers of each sequence, padded with
+    −1. sample_rows [n]: rows of which something is wanted (tokens, logprobs, hidden states); ascending, and a
+    row from
+        which several tokens are drawn stands there several times. At most max_rows.
     """
 
     tokens: NDArray[np.int32]
@@ -54,33 +56,22 @@ class Batch:
     sample_rows: NDArray[np.int32]
 
 
-@dataclass(frozen=True, slots=True)
-class SampleBatch:
-    """Sampling parameters, one entry per sample row; see SamplingParams and SampleSpec.
-
-    temperature, top_p, min_p: float32. top_k: int32, ≤ 0 keeps all. seed: uint64. sequence, position: uint32.
-    """
-
-    temperature: NDArray[np.float32]
-    top_k: NDArray[np.int32]
-    top_p: NDArray[np.float32]
-    min_p: NDArray[np.float32]
-    seed: NDArray[np.uint64]
-    sequence: NDArray[np.uint32]
-    position: NDArray[np.uint32]
-
-
 class Executable(Protocol):
     """A compiled graph with its KV cache. Not re-entrant: one call at a time."""
 
     def forward(self, batch: Batch) -> None:
         """Computes all rows, writes their KV, and keeps what the wanted logits need."""
 
-    def sample(self, params: SampleBatch) -> NDArray[np.int32]:
-        """One token per sample row of the last forward, int32 [n]; −1 where its logits are not finite."""
+    def sample(self, wanted: SampleBatch) -> SampleOutput:
+        """Draws and reports for the sample rows of the last forward, in tiles of rows, so that no more than a
+        few rows of logits exist at a time."""
+
+    def hidden(self) -> NDArray[np.float32]:
+        """The last forward's sample rows after the last norm, float32 [n, hidden size]: what logits are made
+        of."""
 
     def logits(self) -> NDArray[np.float32]:
-        """The logits of the last forward's sample rows, float32 [n, vocab]."""
+        """The logits of the last forward's sample rows, float32 [n, vocab]; for tests and tools."""
 
     def copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:
         """Copies whole KV blocks, (source, destination) in order."""

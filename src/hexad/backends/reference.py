@@ -13,13 +13,14 @@ from typing import ClassVar, Literal, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from hexad.backends.backend import Batch, CompileOptions, Limits, SampleBatch
+from hexad.backends.backend import Batch, CompileOptions, Limits
+from hexad.backends.reference_sampler import sample
+from hexad.backends.sampling import SampleBatch, SampleOutput
 from hexad.config import BLOCK_TOKENS
 from hexad.errors import BackendError
 from hexad.graph import Graph, Node, RopeSpec
 from hexad.graph.cost import kv_bytes_per_token
 from hexad.graph.ops import taken_rows
-from hexad.params import GREEDY_EPSILON
 from hexad.weights import Weight
 
 Array = NDArray[np.float32]
@@ -79,6 +80,7 @@ class ReferenceExecutable:
         )
         self._dequantised: dict[str, Array] = {}
         self._logits: Array = np.zeros((0, graph.vocab_size), np.float32)
+        self._hidden: Array = np.zeros((0, graph.nodes[graph.nodes[-1].inputs[0]].features), np.float32)
 
     def forward(self, batch: Batch) -> None:
         """See `Executable`. Raises BackendError where the batch contradicts itself or the limits."""
@@ -101,26 +103,13 @@ class ReferenceExecutable:
         """float32 [n, vocab]."""
         return self._logits
 
-    def sample(self, params: SampleBatch) -> NDArray[np.int32]:
-        """One token per sample row of the last forward, int32 [n]; see `sample_token`."""
-        if len(params.temperature) != len(self._logits):
-            raise BackendError(
-                f"sampling parameters of {len(params.temperature)} rows for {len(self._logits)}"
-            )
-        tokens = [
-            sample_token(
-                row,
-                temperature=float(params.temperature[i]),
-                top_k=int(params.top_k[i]),
-                top_p=float(params.top_p[i]),
-                min_p=float(params.min_p[i]),
-                seed=int(params.seed[i]),
-                sequence=int(params.sequence[i]),
-                position=int(params.position[i]),
-            )
-            for i, row in enumerate(self._logits)
-        ]
-        return np.array(tokens, dtype=np.int32)
+    def hidden(self) -> Array:
+        """float32 [n, hidden size]."""
+        return self._hidden
+
+    def sample(self, wanted: SampleBatch) -> SampleOutput:
+        """See `reference_sampler`. Raises BackendError where `wanted` does not fit."""
+        return sample(self._logits, wanted)
 
     def copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:
         """Copies whole KV blocks, (source, destination) in order."""
@@ -213,6 +202,10 @@ class ReferenceExecutable:
             output[rows] = (scores @ values[:, None]).transpose(2, 0, 1, 3).reshape(-1, heads, head_dim)
         return output.reshape(len(output), heads * head_dim)
 
+    def _logits_of(self, node: Node, x: Array) -> Array:
+        self._hidden = x
+        return self._project(x, node.weights[-1])
+
     def _fused_linear(self, node: Node, x: Array, residual: Array | None = None) -> Array:
         attrs = node.attrs
         if attrs["norm"] is not None:
@@ -238,7 +231,7 @@ class ReferenceExecutable:
     def _fused_logits(self, node: Node, x: Array) -> Array:
         if node.attrs["norm"] is not None:
             x = rms_norm(x, self._weight(node.attrs["norm"]), node.attrs["eps"])
-        return x @ self._weight(node.weights[-1]).T
+        return self._logits_of(node, x)
 
     KERNELS: ClassVar[Mapping[str, Callable[..., Array]]] = {
         "embed": _embed,
@@ -249,7 +242,7 @@ class ReferenceExecutable:
         "gated": _gated,
         "add": _add,
         "take_rows": _take_rows,
-        "logits": _linear,
+        "logits": _logits_of,
         "fused_linear": _fused_linear,
         "fused_attention": _fused_attention,
         "fused_logits": _fused_logits,
@@ -278,81 +271,3 @@ def rotate(x: Array, positions: NDArray[np.integer], rope: RopeSpec) -> Array:
     return np.concatenate([a * cos - b * sin, b * cos + a * sin, heads[..., 2 * half :]], axis=-1).reshape(
         x.shape
     )
-
-
-def sample_token(
-    logits: Array,
-    *,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    min_p: float,
-    seed: int,
-    sequence: int,
-    position: int,
-) -> int:
-    """The token drawn from logits l, float32 [vocab]. This text is the definition for every backend.
-
-    NaNs are passed over, as if their tokens did not exist. Where the largest of the others is not finite, or
-    there is none, nothing can be drawn and the answer is −1.
-    Greedy (temperature T < GREEDY_EPSILON): the largest logit, the lowest id of equals. Otherwise, with l_max
-    the largest logit and likelier meaning "larger logit, or equal and of lower id":
-
-    1. min_p > 0 keeps l_i ≥ float32(l_max + T·ln(min_p)), the sum in float64: p_i ≥ min_p · p_max.
-    2. top_k, if 0 < top_k < vocab, keeps the top_k likeliest of what is left, likeliest first.
-    3. Weights are p_i = exp((l_i − l_max) / T) in float32; they are summed in float64, one by one in the
-       order in which the tokens stand: by id, or likeliest first after 2 or 4.
-    4. top_p < 1 keeps, likeliest first, the shortest prefix whose sum is ≥ top_p × the sum of what is left.
-    5. u = (word 0 of Philox4x32-10 >> 8) · 2⁻²⁴ in [0, 1), for key (seed mod 2³², seed >> 32) and counter
-       (position, sequence, 0, 0).
-    6. The first token whose running sum exceeds u × the sum of all kept is drawn.
-
-    The draw depends on nothing but the arguments. Backends may differ by the last bit of exp.
-    """
-    ids = np.flatnonzero(~np.isnan(logits))
-    likeliest = int(ids[np.argmax(logits[ids])]) if len(ids) else 0
-    top = logits[likeliest]
-    if not np.isfinite(top):
-        return -1
-    if temperature < GREEDY_EPSILON:
-        return likeliest
-    if min_p > 0:
-        ids = ids[
-            logits[ids] >= np.float32(np.float64(top) + np.float64(temperature) * np.log(np.float64(min_p)))
-        ]
-    if 0 < top_k < len(logits):
-        ids = _likeliest_first(logits, ids)[:top_k]
-
-    def running_sums() -> NDArray[np.float64]:
-        return np.cumsum(np.exp((logits[ids] - top) / np.float32(temperature)), dtype=np.float64)
-
-    if top_p < 1:
-        wanted = top_p * running_sums()[-1]
-        ids = _likeliest_first(logits, ids)
-        ids = ids[: np.searchsorted(running_sums(), wanted, side="left") + 1]
-    words = philox4x32((position, sequence, 0, 0), (seed & 0xFFFFFFFF, seed >> 32))
-    u = int(words[0] >> 8) * 2.0**-24
-    sums = running_sums()
-    drawn = np.searchsorted(sums, u * sums[-1], side="right")
-    return int(ids[min(drawn, len(ids) - 1)])
-
-
-def _likeliest_first(logits: Array, ids: NDArray[np.int64]) -> NDArray[np.int64]:
-    """ids, ascending or sorted already, by falling logit; equals stay in order."""
-    return ids[np.argsort(-logits[ids], kind="stable")]
-
-
-def philox4x32(counter: Sequence[int], key: Sequence[int], rounds: int = 10) -> NDArray[np.uint32]:
-    """Philox4x32 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"): four random words,
-    uint32 [4], from a counter of four words and a key of two."""
-    mask = 0xFFFFFFFF
-    c0, c1, c2, c3 = counter
-    k0, k1 = key
-    for _ in range(rounds):
-        product0, product1 = 0xD2511F53 * c0, 0xCD9E8D57 * c2
-        c0, c1, c2, c3 = (
-            (product1 >> 32) ^ c1 ^ k0, product1 & mask,
-            (product0 >> 32) ^ c3 ^ k1, product0 & mask,
-        )  # fmt: skip
-        k0, k1 = (k0 + 0x9E3779B9) & mask, (k1 + 0xBB67AE85) & mask
-    return np.array([c0, c1, c2, c3], dtype=np.uint32)

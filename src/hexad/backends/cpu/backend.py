@@ -10,9 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hexad import _native
-from hexad.backends.backend import Batch, CompileOptions, Limits, SampleBatch
+from hexad.backends.backend import Batch, CompileOptions, Limits
 from hexad.backends.cpu.layouts import layout_of
 from hexad.backends.cpu.lower import lower, plan_buffers
+from hexad.backends.sampling import SampleBatch, SampleOutput
 from hexad.config import BLOCK_TOKENS
 from hexad.errors import BackendError, HexadError
 from hexad.graph import Graph
@@ -26,6 +27,9 @@ _TILE_ROWS = 6
 """Rows of an activation tile (csrc/kernels.h)."""
 _KERNEL_SCRATCH = 2 * 192 * 32 * 4 + 20 * 1024
 """Bytes of a thread's panel outputs and unpacked strip (csrc/program_ops.h, csrc/ops/linear.h)."""
+_SAMPLER_BYTES = 20
+"""Bytes per token of the vocabulary that a thread's sampler takes: a row, its candidates, its marks
+(csrc/sampler.h)."""
 
 
 class CpuBackend:
@@ -85,7 +89,11 @@ class CpuBackend:
             default=0,
         )
         per_thread: int = (
-            4 * _TILE_ROWS * widest + tile + 4 * attention + 8 * graph.vocab_size + _KERNEL_SCRATCH
+            4 * _TILE_ROWS * widest
+            + tile
+            + 4 * attention
+            + _SAMPLER_BYTES * graph.vocab_size
+            + _KERNEL_SCRATCH
         )
         return (
             limits.max_rows * per_row
@@ -119,25 +127,42 @@ class CpuExecutable:
         _checked(lambda: self.program.logits(out))
         return out
 
-    def sample(self, params: SampleBatch) -> NDArray[np.int32]:
-        """One token per sample row of the last forward, int32 [n]."""
-        out = np.empty(self.program.samples, np.int32)
+    def sample(self, wanted: SampleBatch) -> SampleOutput:
+        """See `Executable`. Raises BackendError where `wanted` contradicts itself or the last forward."""
+        rows = wanted.rows
+        n, width = len(rows), max(0, int(rows["num_logprobs"].max(initial=0)))
+        output = SampleOutput(
+            tokens=np.empty(n, np.int32),
+            mirostat_mu=np.empty(n, np.float32),
+            logprobs=np.empty(n, np.float32),
+            ranks=np.empty(n, np.int32),
+            top_ids=np.empty((n, width), np.int32),
+            top_logprobs=np.empty((n, width), np.float32),
+            ask_logprobs=np.empty(len(wanted.ask_ids), np.float32),
+            ask_ranks=np.empty(len(wanted.ask_ids), np.int32),
+        )
         _checked(
             lambda: self.program.sample(
-                params.temperature, params.top_k, params.top_p, params.min_p,
-                params.seed, params.sequence, params.position, out,
+                rows.view(np.uint8).reshape(n, rows.itemsize),
+                wanted.history, wanted.history_starts,
+                wanted.bias_ids, wanted.bias_values, wanted.bias_starts,
+                wanted.ask_ids, wanted.ask_starts, wanted.masks,
+                output.tokens, output.mirostat_mu, output.logprobs, output.ranks,
+                output.top_ids, output.top_logprobs, output.ask_logprobs, output.ask_ranks,
             )
         )  # fmt: skip
+        return output
+
+    def hidden(self) -> NDArray[np.float32]:
+        """float32 [n, hidden size]."""
+        out = np.empty((self.program.samples, self.program.hidden_size), np.float32)
+        _checked(lambda: self.program.hidden(out))
         return out
 
     def copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:
         """Copies whole KV blocks, (source, destination) in order."""
-
-        def copy_all() -> None:
-            for source, destination in copies:
-                self.program.copy_block(source, destination)
-
-        _checked(copy_all)
+        pairs = np.array(copies, np.int64).reshape(-1, 2)
+        _checked(lambda: self.program.copy_blocks(pairs))
 
 
 def kernel_of(weight: Weight, compute: str, isa: str) -> str:
