@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import time
 import tracemalloc
+from typing import Any
 
 import pytest
 
@@ -58,8 +59,69 @@ TEMPLATES = [
     "{% for x in absent %}{{ x }}{% else %}none{% endfor %}",
 ]
 
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": "weather",
+            "description": "The weather “now”.",
+            "parameters": {
+                "type": "object",
+                "properties": {"city": {"type": "string"}, "days": {"enum": [1, 2.5, None, True]}},
+                "required": ["city"],
+            },
+        },
+    }
+]
+TOOL_TALK = [
+    {"role": "user", "content": "Weather in Paris?"},
+    {
+        "role": "assistant",
+        "content": "",
+        "reasoning_content": "Look it up.",
+        "tool_calls": [
+            {
+                "id": "c1",
+                "type": "function",
+                "function": {"name": "weather", "arguments": {"city": "Paris", "days": [1, 2]}},
+            }
+        ],
+    },
+    {"role": "tool", "tool_call_id": "c1", "name": "weather", "content": "18 °C"},
+]
 
-def render(text: str, messages: list[dict[str, str]] = USER, **options: bool) -> str:
+
+def called(arguments: Any) -> dict[str, Any]:
+    return {"function": {"name": "f", "arguments": arguments}}
+
+
+CALL = called({})
+
+# In the manner of Hermes and Qwen.
+TOOL_TEMPLATE = """\
+{%- if tools %}
+    {{- '<|im_start|>system\n# Tools\n<tools>' }}
+    {%- for tool in tools %}
+        {{- '\n' + (tool | tojson) }}
+    {%- endfor %}
+    {{- '\n</tools><|im_end|>\n' }}
+{%- endif %}
+{%- for message in messages %}
+    {{- '<|im_start|>' + message.role + ('(' + message.name + ')' if message.name else '') + '\n' }}
+    {%- if message.reasoning_content is string %}
+        {{- '<think>' + message.reasoning_content + '</think>' }}
+    {%- endif %}
+    {{- message.content }}
+    {%- for call in message.tool_calls or [] %}
+        {{- '<tool_call>{"name": "' + call.function.name + '", "arguments": ' }}
+        {{- call.function.arguments | tojson }}{{- '}</tool_call>' }}
+        {%- for name, value in call.function.arguments.items() %}{{ name }}={{ value }};{% endfor %}
+    {%- endfor %}
+    {{- '<|im_end|>\n' }}
+{%- endfor %}"""
+
+
+def render(text: str, messages: list[dict[str, Any]] = USER, **options: Any) -> str:
     return ChatTemplate(text, bos_token="<s>", eos_token="</s>", source="model.gguf").render(
         messages, **options
     )
@@ -102,6 +164,123 @@ def test_equals_transformers(text: str, add_generation_prompt: bool) -> None:
     assert render(text, TALK, add_generation_prompt=add_generation_prompt) == rendered[0]
 
 
+@pytest.mark.oracle
+@pytest.mark.parametrize("tools", [None, TOOLS])
+def test_tools_equal_transformers(tools: list[dict[str, Any]] | None) -> None:
+    utils = pytest.importorskip("transformers.utils.chat_template_utils")
+    rendered, _ = utils.render_jinja_template([TOOL_TALK], chat_template=TOOL_TEMPLATE, tools=tools)
+    assert render(TOOL_TEMPLATE, TOOL_TALK, tools=tools, add_generation_prompt=False) == rendered[0]
+
+
+def test_tool_calls_of_openai() -> None:
+    """Arguments as JSON text, content None or absent: the template sees what it would of the plain form."""
+    expected = render(TOOL_TEMPLATE, TOOL_TALK)
+    assert '"arguments": {"city": "Paris", "days": [1, 2]}}</tool_call>city=Paris;days=[1, 2];' in expected
+    call = TOOL_TALK[1]["tool_calls"][0]
+    as_text = call["function"] | {"arguments": '{"city": "Paris", "days": [1, 2]}'}
+    message = TOOL_TALK[1] | {"content": None, "tool_calls": [call | {"function": as_text}]}
+    talk = [TOOL_TALK[0], message, TOOL_TALK[2]]
+    assert render(TOOL_TEMPLATE, talk) == expected
+    del message["content"]
+    assert render(TOOL_TEMPLATE, talk) == expected
+    assert as_text["arguments"] == '{"city": "Paris", "days": [1, 2]}'  # the caller's stay as they are
+
+
+@pytest.mark.parametrize("arguments", [None, "", "{}", {}])
+def test_tool_calls_without_arguments(arguments: Any) -> None:
+    call = {"function": {"name": "f", "arguments": arguments}}
+    message = {"role": "assistant", "content": None, "tool_calls": [call]}
+    assert '"arguments": {}}' in render(TOOL_TEMPLATE, [message])
+    del call["function"]["arguments"]
+    assert '"arguments": {}}' in render(TOOL_TEMPLATE, [message])
+
+
+def test_no_tools_and_no_tool_calls() -> None:
+    """Empty lists are none: templates ask only whether there are any."""
+    text = "{{ tools is none }}{{ 'tool_calls' in messages[0] }}"
+    message = {"role": "assistant", "content": "a"}
+    for empty in (None, []):
+        assert render(text, [message | {"tool_calls": empty}], tools=empty) == "TrueFalse"
+
+
+def test_content_parts_are_joined() -> None:
+    parts = [{"type": "text", "text": "a "}, {"type": "text", "text": "b"}]
+    assert render("[{{ messages[0].content }}]", [{"role": "user", "content": parts}]) == "[a \nb]"
+    assert render("[{{ messages[0].content }}]", [{"role": "user", "content": []}]) == "[]"
+
+
+def test_variables() -> None:
+    text = "{{ enable_thinking }}{{ documents[0].title }}{{ bos_token }}{{ nested.a[1] }}"
+    variables = {"enable_thinking": False, "documents": [{"title": "T"}], "nested": {"a": (1, 2)}}
+    assert render(text, variables=variables) == "FalseT<s>2"
+    assert render("{{ bos_token }}{{ self is defined }}", variables={"bos_token": "B"}) == "BTrue"
+
+
+@pytest.mark.parametrize("name", ["messages", "tools", "add_generation_prompt", "continue_final_message"])
+def test_variables_replace_no_arguments(name: str) -> None:
+    with pytest.raises(PromptError, match=f"variables must not set '{name}'"):
+        render(CHATML, variables={name: []})
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"tools": "weather"}, "tools must be a list"),
+        ({"tools": ["weather"]}, "tools must be a list of JSON objects"),
+        ({"tools": [{"type": "function", "function": print}]}, r"tools\[0\]\['function'\].*builtin_function"),
+        ({"variables": {"a": {1: 2}}}, r"variables\['a'\] must have strings as keys, not 1"),
+        ({"variables": {"a": [b"bytes"]}}, r"variables\['a'\]\[0\].*not bytes"),
+        ({"variables": {"a": 2**1024}}, r"variables\['a'\].*1,024 bits"),
+        ({"variables": {"a": eval("[" * 80 + "]" * 80)}}, "nests more than 64 deep"),
+        ({"continue_final_message": True}, "needs add_generation_prompt=False"),
+    ],
+)
+def test_malformed_options(options: dict[str, Any], reason: str) -> None:
+    with pytest.raises(PromptError, match=reason):
+        render(CHATML, **options)
+
+
+CONTINUED = [
+    CHATML,  # trims
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s> {% endfor %}",
+    "{% for m in messages %}<{{ m.role }}>{{ m.content.strip() }}</s>{% endfor %}",
+]
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("text", CONTINUED)
+@pytest.mark.parametrize("content", ["It", "It is ", " It\n", "{}", "Hi"])
+def test_continued_message_equals_transformers(text: str, content: str) -> None:
+    utils = pytest.importorskip("transformers.utils.chat_template_utils")
+    messages = [*USER, {"role": "assistant", "content": content}]
+    rendered, _ = utils.render_jinja_template(
+        [messages], chat_template=text, continue_final_message=True, eos_token="</s>"
+    )
+    ours = render(text, messages, continue_final_message=True, add_generation_prompt=False)
+    assert ours == rendered[0]
+
+
+def test_continues_the_final_message() -> None:
+    """It ends with the content, and with its trailing space where the template keeps that."""
+    twice = "{{ messages[1].content }}|{{ messages[1].content }}</s>"
+    for text, end in ((CHATML, "assistant\n{"), (twice, "{ \n|{ \n")):
+        parts = [{"type": "text", "text": "{ \n"}]
+        for content in ("{ \n", parts):
+            messages = [*USER, {"role": "assistant", "content": content}]
+            rendered = render(text, messages, continue_final_message=True, add_generation_prompt=False)
+            assert rendered.endswith(end)
+    assert parts == [{"type": "text", "text": "{ \n"}]
+
+
+@pytest.mark.parametrize(
+    "text", ["{{ messages[0].content }}", "{{ messages[1].content | replace('a', 'b') }}"]
+)
+def test_final_message_that_the_template_changes(text: str) -> None:
+    messages = [*USER, {"role": "assistant", "content": "aaa"}]
+    with pytest.raises(PromptError, match="changes or leaves out the last message"):
+        render(text, messages, continue_final_message=True, add_generation_prompt=False)
+
+
 @pytest.mark.parametrize(
     ("messages", "reason"),
     [
@@ -113,9 +292,22 @@ def test_equals_transformers(text: str, add_generation_prompt: bool) -> None:
         ([{"content": "Hi"}], re.escape("messages[0]['role']")),
         ([{"role": "user", "content": ["Hi"]}], "must be a string"),
         ([{"role": 1, "content": "Hi"}], "must be a string"),
+        ([{"role": "assistant", "content": None}], r"\['content'\] must be a string.*not None"),
+        ([{"role": "user", "content": None, "tool_calls": [CALL]}], r"\['content'\] must be a string"),
+        (
+            [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}],
+            "type 'image_url'.*only 'text'",
+        ),
+        ([{"role": "user", "content": [{"type": "text"}]}], r"\[0\]\['text'\] must be a string, not None"),
+        ([{"role": "user", "content": "Hi", "x": {1}}], r"messages\[0\]\['x'\].*not set"),
+        ([{"role": "assistant", "content": "", "tool_calls": "f"}], "must be a list"),
+        ([{"role": "assistant", "content": "", "tool_calls": [{"name": "f"}]}], "'function' with a 'name'"),
+        ([{"role": "assistant", "content": "", "tool_calls": [called("{")]}], "arguments.*no JSON"),
+        ([{"role": "assistant", "content": "", "tool_calls": [called("[1]")]}], "a JSON object, not"),
+        ([{"role": "assistant", "content": "", "tool_calls": [called("[" * 99999)]}], "no JSON"),
     ],
 )
-def test_malformed_messages(messages: list[dict[str, str]], reason: str) -> None:
+def test_malformed_messages(messages: list[dict[str, Any]], reason: str) -> None:
     with pytest.raises(PromptError, match=reason):
         render(CHATML, messages)
 
@@ -273,6 +465,19 @@ def test_long_messages(content: str) -> None:
     ):
         assert len(render(whole + expression + " }}", messages)) >= len(text)
     assert render("{{ messages[0].content.split('\n') | length }}", messages) == str(content.count("\n") + 1)
+
+
+def test_long_tools_and_arguments() -> None:
+    """The bound counts all that is given: what is in tools, tool calls and variables may be written out."""
+    long = "a" * 3_000_000
+    tools = [{"type": "function", "function": {"name": "f", "description": long}}]
+    assert len(render("{{ tools | tojson }}", tools=tools)) > len(long)
+    for arguments in ({"x": [long]}, '{"x": ["' + long + '"]}'):
+        messages = [{"role": "assistant", "content": None, "tool_calls": [called(arguments)]}]
+        assert len(render("{{ messages[0].tool_calls | tojson }}", messages)) > len(long)
+    assert len(render("{{ x.y | join }}", variables={"x": {"y": [long]}})) == len(long)
+    with pytest.raises(TokenizerError, match="LimitError"):
+        render("{{ (tools | tojson) * 2 }}", tools=tools)
 
 
 def test_many_messages() -> None:

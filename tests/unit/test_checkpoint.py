@@ -30,6 +30,22 @@ from tests.gguf_writer import (
 from hexad.checkpoint import Checkpoint, open_checkpoint
 from hexad.checkpoint.names import half_split_rows
 from hexad.errors import CheckpointError, HexadError, ModelNotFoundError, UnsupportedError
+from hexad.params import SamplingParams
+
+KEYS_OF_SAMPLING = {  # GGUF key: (stored, SamplingParams field, read)
+    "temp": (0.6, "temperature", 0.6),
+    "top_k": (Typed(I32, 20), "top_k", 20),
+    "top_p": (0.95, "top_p", 0.95),
+    "min_p": (0, "min_p", 0),
+    "xtc_probability": (0.1, "xtc_probability", 0.1),
+    "xtc_threshold": (0.2, "xtc_threshold", 0.2),
+    "penalty_repeat": (1.05, "repetition_penalty", 1.05),
+    "penalty_last_n": (Typed(I32, -1), "repeat_last_n", -1),
+    "mirostat": (2, "mirostat", 2),
+    "mirostat_tau": (4.5, "mirostat_tau", 4.5),
+    "mirostat_eta": (0.2, "mirostat_eta", 0.2),
+    "sequence": ("top-k;typ_p;nucleus;temp", "samplers", ("top_k", "typical_p", "top_p", "temperature")),
+}
 
 
 @pytest.fixture
@@ -80,6 +96,40 @@ def test_per_layer_values_that_agree_are_one(save):
     same = Typed(ARRAY, [4, 4], U32)
     config = open_checkpoint(save(*llama(llama__attention__head_count=same))).config
     assert config["num_attention_heads"] == 4
+
+
+def test_generation_defaults(save):
+    """Recommended sampling parameters, by hexad's names; 32-bit floats become the decimal numbers meant."""
+    metadata, tensors = llama()
+    assert open_checkpoint(save(metadata, tensors)).generation_defaults == {}
+    metadata |= {f"general.sampling.{key}": stored for key, (stored, _, _) in KEYS_OF_SAMPLING.items()}
+    defaults = open_checkpoint(save(metadata, tensors)).generation_defaults
+    assert defaults == {name: read for _, name, read in KEYS_OF_SAMPLING.values()}
+    SamplingParams(**defaults)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("temp", -1.0),
+        ("temp", "0.6"),
+        ("temp", float("nan")),
+        ("top_k", 20.5),
+        ("top_k", True),
+        ("top_k", Typed(ARRAY, [40], U32)),
+        ("top_p", 1.5),
+        ("mirostat", 3),
+        ("sequence", "top_k;no_such_sampler"),
+        ("sequence", ";"),
+        ("sequence", 7),
+        ("penalty_freq", 0.5),
+    ],
+)
+def test_wrong_generation_defaults_are_left_out(save, key, value):
+    """They only advise: no model is refused for them."""
+    metadata, tensors = llama()
+    metadata |= {f"general.sampling.{key}": value, "general.sampling.min_p": 0.05}
+    assert open_checkpoint(save(metadata, tensors)).generation_defaults == {"min_p": 0.05}
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -192,6 +192,29 @@ class TestSmolLM2:
                 assert smollm2.decode(ids, skip_special=skip) == oracle.decode(ids, skip_special_tokens=skip)
 
     @pytest.mark.oracle
+    @pytest.mark.parametrize("spaces", [False, True])
+    def test_shown_special_tokens_equal_transformers(
+        self, smollm2: Tokenizer, oracle: Any, spaces: bool
+    ) -> None:
+        """Special tokens have no spaces around them, whatever `spaces_between_special_tokens` says."""
+        ids = smollm2.encode("<|im_start|>user\nHi<|im_end|><|im_end|>\n a<|endoftext|>b", add_special=False)
+        stream = smollm2.stream(skip_special=False, spaces_between_special=spaces)
+        expected = oracle.decode(ids, skip_special_tokens=False, spaces_between_special_tokens=spaces)
+        assert "".join(map(stream.push, ids)) + stream.flush() == expected
+
+    @pytest.mark.oracle
+    def test_token_texts_equal_transformers(self, smollm2: Tokenizer, oracle: Any) -> None:
+        for token_id in [*range(1000), *range(1000, smollm2.vocab_size, 97)]:
+            assert smollm2.token_text(token_id) == oracle.decode([token_id]), token_id
+
+    def test_tokens_containing(self, smollm2: Tokenizer) -> None:
+        texts = ["\n", ":", '"', "é"]
+        found = smollm2.tokens_containing(texts)
+        every = range(smollm2.vocab_size)
+        assert found == [i for i in every if any(text in smollm2.token_text(i) for text in texts)]
+        assert len(found) > 300
+
+    @pytest.mark.oracle
     def test_chat_equals_transformers(self, smollm2: Tokenizer, oracle: Any) -> None:
         talk = [
             {"role": "user", "content": "What is 12 × 3?"},
@@ -407,6 +430,53 @@ def test_ids_outside_the_vocabulary_have_no_text(token_id: int) -> None:
     assert small().decode([a, token_id, a]) == "aa"
     stream = small().stream()
     assert [stream.push(i) for i in (a, *fox[:2], token_id, *fox[2:])] == ["a", "", "", "", "", "🦊"]
+
+
+def test_token_text() -> None:
+    """What logprobs show: special tokens too, and U+FFFD for what is only a part of a character."""
+    tokenizer = small()
+    ids = {tokenizer.token_text(i): i for i in range(256, tokenizer.vocab_size)}
+    assert {"the", " the", "é", "🦊", "🦊a", "<|x|>", "<é>", "\ufffd"} <= ids.keys()
+    assert tokenizer.token_text(BYTES.index(spelled("é")[0])) == "\ufffd"
+    assert tokenizer.token_text(tokenizer.vocab_size) == ""
+
+
+@pytest.mark.parametrize(
+    "text", ["t", "e", "é", "🦊", "<", "|x", "\n", " ", "", "Ġ", "no such text", "\ud800"]
+)
+def test_tokens_containing(text: str) -> None:
+    tokenizer = small()
+    expected = [i for i in range(tokenizer.vocab_size) if text in tokenizer.token_text(i)]
+    assert tokenizer.tokens_containing([text]) == expected
+    with_the = {*expected, *tokenizer.tokens_containing(["the"])}
+    assert tokenizer.tokens_containing(["the", text]) == sorted(with_the)
+    tokenizer.tokens_containing(["the", text]).clear()  # the caller's own
+    assert tokenizer.tokens_containing(["the", text]) == sorted(with_the)
+
+
+def test_names_of_hugging_face() -> None:
+    """Scripts written for vLLM use the tokenizer by these."""
+    special = {"<b>": CONTROL, "<e>": CONTROL}
+    tokenizer = build(special=special, pre="llama-bpe", bos_token_id=256, eos_token_id=257)
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, len(tokenizer)) == (256, 257, 258)
+    assert tokenizer.special_ids == {256, 257}
+    x = BYTES.index("x")
+    assert tokenizer.encode("x", add_special_tokens=False) == [x]
+    assert tokenizer.encode("x", add_special_tokens=True) == [256, x]
+    assert tokenizer.decode([256, x, 257], skip_special_tokens=False) == "<b>x<e>"
+    assert tokenizer.decode([256, x, 257], skip_special_tokens=True) == "x"
+
+
+def test_another_chat_template() -> None:
+    tokenizer = build(special={"<b>": CONTROL, "<e>": CONTROL}, bos_token_id=256, eos_token_id=257)
+    user = [{"role": "user", "content": "x"}]
+    template = "{{ bos_token }}{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}{{ more }}"
+    assert tokenizer.apply_chat_template(user, chat_template=template) == "<b>x<e>"
+    assert tokenizer.apply_chat_template(user, chat_template=template, more="!") == "<b>x<e>!"
+    ids = tokenizer.apply_chat_template(user, chat_template=template, tokenize=True)
+    assert ids == [256, BYTES.index("x"), 257]
+    with pytest.raises(TokenizerError, match=r"model\.gguf.*caller's.*does not parse"):
+        tokenizer.apply_chat_template(user, chat_template="{% if %}")
 
 
 def test_no_chat_template() -> None:

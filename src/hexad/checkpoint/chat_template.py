@@ -2,20 +2,22 @@
 
 A template is code by a stranger, so it runs in Jinja's immutable sandbox, with only those filters and string
 methods that conversations have a use for, and under two bounds of our own. Time: every loop iteration, call
-and filter looks at the clock. Size: no value that it makes, and no text that it puts out, is longer than the
-messages by more than MAX_LENGTH, which also keeps each single step short. What could leap past that in one
+and filter looks at the clock. Size: no value that it makes, and no text that it puts out, is longer than what
+it is given by more than MAX_LENGTH, which also keeps each single step short. What could leap past that in one
 step (`*`, `**`, `%`, and the likes of `replace`) is estimated before it is done.
 
 Semantics (block trimming, `tojson`, `raise_exception`, `strftime_now`, `break` and `continue`, the
-`generation` tag, `tools` being none) are those of `apply_chat_template` in transformers, for which templates
-are written.
+`generation` tag, `tools` being none, where a message to be continued ends) are those of `apply_chat_template`
+in transformers, for which templates are written.
 """
 
 from __future__ import annotations
 
 import functools
 import json
+import math
 import re
+import secrets
 import threading
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -23,16 +25,15 @@ from datetime import datetime
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from hexad.checkpoint.messages import MAX_BITS, plain, plain_messages, plain_tools
 from hexad.errors import PromptError, TokenizerError
 
 if TYPE_CHECKING:
     import jinja2
 
 MAX_LENGTH = 1 << 20
-"""By how much a text (in characters) or list (in characters and items) may outgrow the messages."""
-
-MAX_BITS = 1024
-"""Widest integer that a template may compute."""
+"""By how much a text (in characters) or list (in characters and items) may outgrow what a template is given:
+messages, tools and variables."""
 
 MAX_SECONDS = 5.0
 """Longest that one rendering may take. Honest ones take about a millisecond."""
@@ -57,6 +58,10 @@ STRING_METHODS = frozenset([
 # fmt: on
 
 
+_MARK_END = " \t "
+"""White space that no template puts out by itself: where it is gone, the template trims contents."""
+
+
 class _LimitError(Exception):
     """A template went past one of the bounds."""
 
@@ -78,38 +83,75 @@ class ChatTemplate:
         self._lock = threading.Lock()
         self._bounds = _Bounds()
 
-    def render(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True) -> str:
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        variables: Mapping[str, Any] | None = None,
+    ) -> str:
         """The conversation as one prompt text.
 
-        messages: non-empty; each a mapping with at least the strings `role` and `content`.
+        messages: non-empty; each a mapping with the string `role` and the `content`: a string, or a list of
+            {"type": "text", "text": …}; None where an assistant's message has `tool_calls`. Whatever else a
+            message has is the template's. Arguments of tool calls may be JSON text or mappings.
         add_generation_prompt: end with the opening of the assistant's turn.
+        continue_final_message: end right after the last message's content instead, for the model to go on.
+        tools: functions that the model may call, as JSON schemas in OpenAI's form.
+        variables: more for the template to see, such as {"enable_thinking": False}; JSON values.
 
         The text holds the special tokens, the beginning of sequence included where the model wants it: encode
         it with `add_special=False`. Special-token text inside a message counts as special too, as it does in
         transformers and vLLM.
 
-        Raises PromptError where messages are malformed or the template refuses them, TokenizerError where the
-        template is broken.
+        Raises PromptError where messages, tools or variables are malformed or the template refuses them,
+        TokenizerError where the template is broken.
         """
-        _validate(messages)
-        variables = {name: token for name, token in self._tokens.items() if token is not None}
-        with self._lock:  # the bounds are one rendering's
-            self._bounds.reset(
-                sum(len(text) for m in messages for text in m.values() if isinstance(text, str))
-            )
-            try:
-                pieces = self._compiled.generate(
-                    messages=[dict(message) for message in messages],
-                    tools=None,
-                    documents=None,
-                    add_generation_prompt=add_generation_prompt,
-                    **variables,
+        given: dict[str, Any] = {
+            "messages": plain_messages(messages),
+            "tools": plain_tools(tools),
+            "add_generation_prompt": add_generation_prompt,
+        }
+        more = plain(variables or {}, "variables")
+        if taken := more.keys() & (given.keys() | {"continue_final_message"}):
+            raise PromptError(f"variables must not set {min(taken)!r}, which has an argument of its own.")
+        mark = content = ""
+        if continue_final_message:
+            if add_generation_prompt:
+                raise PromptError(
+                    "continue_final_message needs add_generation_prompt=False: one message is to go on, or "
+                    "another to begin."
                 )
-                return self._bounds.join(pieces)
+            mark = f"continue-here-{secrets.token_hex(8)}"  # unguessable, so that no message has it in it
+            last = given["messages"][-1]
+            content, last["content"] = last["content"], last["content"] + mark + _MARK_END
+        tokens = {name: token for name, token in self._tokens.items() if token is not None}
+        text = self._generate({"documents": None} | tokens | more | given)
+        return self._cut(text, mark, content) if mark else text
+
+    def _generate(self, variables: dict[str, Any]) -> str:
+        with self._lock:  # the bounds are one rendering's
+            try:
+                self._bounds.reset(variables)
+                return self._bounds.join(self._compiled.generate(variables))
             except (PromptError, TokenizerError):
                 raise
             except Exception as error:  # a stranger's code may raise anything
                 raise self._broken("fails on these messages", error) from error
+
+    def _cut(self, text: str, mark: str, content: str) -> str:
+        """The text up to the last mark, which follows the content."""
+        text, found, rest = text.rpartition(mark)
+        if not found or content.strip() not in text:
+            raise PromptError(
+                f"{self._source}: the chat template changes or leaves out the last message, so it cannot be "
+                "continued."
+            )
+        text = text.replace(mark + _MARK_END, "").replace(mark, "")  # where a template writes contents twice
+        # A template that trims contents would have trimmed this one's end, too.
+        return text if rest.startswith(_MARK_END) else text.rstrip()
 
     @cached_property
     def _compiled(self) -> jinja2.Template:
@@ -296,11 +338,12 @@ class _Bounds:
     """The clock and the ruler of one rendering. Every method raises _LimitError where a bound is passed."""
 
     def __init__(self) -> None:
-        self.reset(0)
+        self.reset(None)
 
-    def reset(self, given: int) -> None:
-        """Begins the rendering of messages of this many characters."""
-        self.limit = MAX_LENGTH + given
+    def reset(self, given: Any) -> None:
+        """Begins a rendering with these values."""
+        self.limit: float = math.inf
+        self.limit = MAX_LENGTH + self.size(given)
         self.emitted = 0
         self.deadline = time.monotonic() + MAX_SECONDS
 
@@ -387,22 +430,6 @@ class _Bounds:
         widths = sum(map(int, re.findall("[0-9]+", text))) + sum(map(abs, _integers(arguments)))
         fields = text.count("%") + text.count("{")
         self.check(fields * (self.size(arguments) + widths) // SLACK)
-
-
-def _validate(messages: object) -> None:
-    if not isinstance(messages, list | tuple) or not messages:
-        raise PromptError(
-            "messages must be a non-empty list of {'role': …, 'content': …}, not "
-            + ("an empty one." if isinstance(messages, list | tuple) else f"{type(messages).__name__}.")
-        )
-    for i, message in enumerate(messages):
-        if not isinstance(message, Mapping):
-            raise PromptError(
-                f"messages[{i}] must have 'role' and 'content', not be {type(message).__name__}."
-            )
-        for key in ("role", "content"):
-            if not isinstance(message.get(key), str):
-                raise PromptError(f"messages[{i}][{key!r}] must be a string, not {message.get(key)!r:.80}.")
 
 
 _LOOKUP = re.compile(r"\{[^{}:!]*[.\[]")  # {0.name} or {0[name]}

@@ -25,6 +25,8 @@ class Checkpoint:
         max_position_embeddings (int); rms_norm_eps, rope_theta (float); tie_word_embeddings (bool).
     weights: by Hugging Face's names; their arrays are views of the mapped file, or gathered from it when
         read, so read each once. A tied "lm_head.weight" is absent.
+    generation_defaults: what its authors recommend to sample with, by the names of SamplingParams, each valid
+        by itself.
     """
 
     path: Path
@@ -32,6 +34,7 @@ class Checkpoint:
     weights: Mapping[str, Weight]
     _load_tokenizer: Callable[[], Tokenizer] = field(repr=False)
     _close: Callable[[], None] = field(repr=False)
+    generation_defaults: Mapping[str, Any] = field(default_factory=dict)
     _check_tokenizer: Callable[[], None] = field(default=lambda: None, repr=False)
     _tokenizer: Tokenizer | None = field(default=None, init=False, repr=False)
     _closed: bool = field(default=False, init=False, repr=False)

@@ -7,6 +7,7 @@ sets or holds that no row knows is refused, because leaving it out could change 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from operator import itemgetter
 from typing import Any, Literal, NoReturn
@@ -15,7 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hexad.checkpoint.gguf import GGUFFile, LazyArray
-from hexad.errors import CheckpointError, UnsupportedError
+from hexad.errors import CheckpointError, ParamsError, UnsupportedError
+from hexad.params import SamplingParams
 from hexad.weights import Weight
 
 
@@ -121,6 +123,31 @@ _LLAMA = Architecture(
     ignored=("attn_rot_embd.weight",),  # the RoPE frequencies, which follow from rope.freq_base
 )
 
+_SAMPLING = {
+    "temp": "temperature",
+    "top_k": "top_k",
+    "top_p": "top_p",
+    "min_p": "min_p",
+    "xtc_probability": "xtc_probability",
+    "xtc_threshold": "xtc_threshold",
+    "penalty_repeat": "repetition_penalty",
+    "penalty_last_n": "repeat_last_n",
+    "mirostat": "mirostat",
+    "mirostat_tau": "mirostat_tau",
+    "mirostat_eta": "mirostat_eta",
+    "sequence": "samplers",
+}
+"""Keys after "general.sampling.", and the field of SamplingParams that each is."""
+
+_SAMPLERS = {
+    "temp": "temperature",
+    "typ_p": "typical_p",
+    "typ": "typical_p",
+    "typical": "typical_p",
+    "nucleus": "top_p",
+}
+"""llama.cpp's other names of samplers, "-" being "_"."""
+
 ARCHITECTURES = {"llama": _LLAMA}
 """By `general.architecture`. Mistral models call themselves "llama" too."""
 
@@ -185,6 +212,25 @@ def map_weights(file: GGUFFile, config: Mapping[str, Any]) -> dict[str, Weight]:
             reason = next((why for part, why in _REASONS.items() if part in stored), "not part of this model")
             raise UnsupportedError(f"{file.path}: tensor {stored!r} is not supported: {reason}")
     return weights
+
+
+def read_generation_defaults(file: GGUFFile) -> dict[str, Any]:
+    """The recommended sampling parameters, by the names of SamplingParams.
+
+    Wrong ones are left out: they only advise, and no model is the worse for their want.
+    """
+    defaults: dict[str, Any] = {}
+    for key, name in _SAMPLING.items():
+        value: Any = file.metadata.get(f"general.sampling.{key}")
+        if isinstance(value, float):
+            value = float(f"{value:.7g}")  # the decimal number that was meant: 0.6, not 0.6 in 32 bits
+        elif name == "samplers" and isinstance(value, str):
+            words = [word.strip().replace("-", "_") for word in value.split(";")]
+            value = tuple(_SAMPLERS.get(word, word) for word in words if word) or None
+        if value is not None:
+            with suppress(ParamsError):
+                defaults[name] = getattr(SamplingParams(**{name: value}), name)
+    return defaults
 
 
 def half_split_rows(heads: int, head_dim: int, rotary_dim: int) -> NDArray[np.int64]:

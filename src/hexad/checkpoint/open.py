@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from hexad.checkpoint.checkpoint import Checkpoint
 from hexad.checkpoint.gguf import GGUFFile
-from hexad.checkpoint.names import map_weights, read_config
+from hexad.checkpoint.names import map_weights, read_config, read_generation_defaults
 from hexad.errors import CheckpointError, ModelNotFoundError, UnsupportedError
 
 if TYPE_CHECKING:
@@ -52,6 +52,7 @@ def _open_gguf(path: Path) -> Checkpoint:
     try:
         config = read_config(file)
         weights = map_weights(file, config)
+        defaults = read_generation_defaults(file)
     except BaseException:
         file.close()
         raise
@@ -66,4 +67,4 @@ def _open_gguf(path: Path) -> Checkpoint:
 
         supported_kind(file.metadata, path)
 
-    return Checkpoint(path, config, weights, load_tokenizer, file.close, check_tokenizer)
+    return Checkpoint(path, config, weights, load_tokenizer, file.close, defaults, check_tokenizer)

@@ -10,8 +10,9 @@ import codecs
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 from hexad.checkpoint.chat_template import ChatTemplate
 from hexad.errors import PromptError, TokenizerError, UnsupportedError
@@ -130,7 +131,9 @@ class Tokenizer:
 
     vocab_size: number of tokens; ids are 0 … vocab_size - 1.
     bos_id: the token that begins a sequence, if the vocabulary names one.
+    eos_id: the token that ends a text, if the vocabulary names one.
     eos_ids: the tokens that end a generation, any of them.
+    special_ids: unknown and control tokens, which have no text of their own.
     chat_template: how the model wants a conversation written, if the checkpoint says so.
     """
 
@@ -150,7 +153,9 @@ class Tokenizer:
     ) -> None:
         self.vocab_size = len(tokens)
         self.bos_id = bos_id
+        self.eos_id = eos_id
         self.eos_ids = eos_ids
+        self.special_ids = frozenset(i for i, kind in enumerate(types) if kind in (UNKNOWN, CONTROL))
         self.chat_template = chat_template
         self._bpe = bpe
         self._tokens = tokens
@@ -160,12 +165,30 @@ class Tokenizer:
         self._source = source
         self._byte_of = {char: byte for byte, char in enumerate(byte_alphabet())}
         self._bytes: dict[int, bytes] = {}
+        self._containing = lru_cache(maxsize=16)(self._find_containing)
+        self._other_template = lru_cache(maxsize=16)(self._make_template)
 
-    def encode(self, text: str, *, add_special: bool = True) -> list[int]:
+    def __len__(self) -> int:
+        return self.vocab_size
+
+    @property
+    def bos_token_id(self) -> int | None:
+        """`bos_id`, as Hugging Face calls it."""
+        return self.bos_id
+
+    @property
+    def eos_token_id(self) -> int | None:
+        """`eos_id`, as Hugging Face calls it."""
+        return self.eos_id
+
+    def encode(
+        self, text: str, *, add_special: bool = True, add_special_tokens: bool | None = None
+    ) -> list[int]:
         """The token ids of a text.
 
         add_special: add the tokens that the model wants around every text (beginning and end of sequence).
             False for a rendered chat template, which brings its own.
+        add_special_tokens: Hugging Face's name for it.
 
         The text of a special token, wherever it stands, becomes that token in either case.
 
@@ -176,30 +199,61 @@ class Tokenizer:
         except (TypeError, UnicodeError) as error:
             what = "has unpaired surrogates" if isinstance(text, str) else f"is {type(text).__name__}"
             raise PromptError(f"A prompt must be a string of valid Unicode; this one {what}.") from error
+        if add_special_tokens is not None:
+            add_special = add_special_tokens
         return [*self._prefix, *ids, *self._suffix] if add_special else ids
 
-    def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
+    def decode(
+        self, ids: Sequence[int], *, skip_special: bool = True, skip_special_tokens: bool | None = None
+    ) -> str:
         """The text of token ids. Bytes that are not UTF-8 become U+FFFD; ids outside the vocabulary, "".
 
-        skip_special: leave control tokens out.
+        skip_special: leave special tokens out. skip_special_tokens: Hugging Face's name for it.
         """
+        if skip_special_tokens is not None:
+            skip_special = skip_special_tokens
         pieces = [self.token_bytes(token_id, skip_special=skip_special) for token_id in ids]
         return b"".join(pieces).decode("utf-8", "replace")
 
-    def stream(self, *, skip_special: bool = True) -> TextStream:
-        """A decoder for tokens that come one by one; its pushes and its flush join to `decode` of all ids."""
+    def stream(self, *, skip_special: bool = True, spaces_between_special: bool = True) -> TextStream:
+        """A decoder for tokens that come one by one; its pushes and its flush join to `decode` of all ids.
+
+        spaces_between_special: makes no difference here, nor in transformers and vLLM: special tokens of
+            byte-level vocabularies are shown without spaces either way.
+        """
         return TextStream(self, skip_special=skip_special)
 
     def token_bytes(self, token_id: int, *, skip_special: bool = False) -> bytes:
         """The bytes a token stands for, perhaps part of a character; none if outside the vocabulary."""
         if not 0 <= token_id < self.vocab_size:
             return b""
-        if skip_special and self._types[token_id] in (UNKNOWN, CONTROL):
+        if skip_special and token_id in self.special_ids:
             return b""
         found = self._bytes.get(token_id)
         if found is None:
             found = self._bytes[token_id] = self._spell(token_id)
         return found
+
+    def token_text(self, token_id: int) -> str:
+        """The text of one token by itself, special or not: U+FFFD for what is only part of a character."""
+        return self.token_bytes(token_id).decode("utf-8", "replace")
+
+    def tokens_containing(self, texts: Sequence[str]) -> list[int]:
+        """The tokens whose text has any of these texts in it, in ascending order. The last few answers are
+        kept, as it looks through the vocabulary."""
+        return list(self._containing(tuple(texts)))
+
+    def _find_containing(self, texts: tuple[str, ...]) -> tuple[int, ...]:
+        # By spelling first, of which there are two kinds: bytes take a while to make of all the tokens.
+        needles = [text.encode("utf-8", "surrogatepass") for text in texts]
+        alphabet = byte_alphabet()
+        spellings = {*texts, *("".join(alphabet[byte] for byte in needle) for needle in needles)}
+        return tuple(
+            i
+            for i, token in enumerate(self._tokens)
+            if any(spelling in token for spelling in spellings)
+            and any(needle in self.token_bytes(i) for needle in needles)
+        )
 
     def _spell(self, token_id: int) -> bytes:
         token = self._tokens[token_id]
@@ -207,19 +261,67 @@ class Tokenizer:
             return bytes(self._byte_of[char] for char in token)
         return token.encode()
 
+    @overload
     def apply_chat_template(
-        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True
-    ) -> str:
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = ...,
+        *,
+        chat_template: str | None = ...,
+        add_generation_prompt: bool = ...,
+        continue_final_message: bool = ...,
+        tokenize: Literal[False] = ...,
+        **variables: Any,
+    ) -> str: ...
+    @overload
+    def apply_chat_template(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = ...,
+        *,
+        chat_template: str | None = ...,
+        add_generation_prompt: bool = ...,
+        continue_final_message: bool = ...,
+        tokenize: Literal[True],
+        **variables: Any,
+    ) -> list[int]: ...
+    def apply_chat_template(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        *,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tokenize: bool = False,
+        **variables: Any,
+    ) -> str | list[int]:
         """The conversation as one prompt text; see `ChatTemplate.render`. Encode it with `add_special=False`.
 
-        Raises TokenizerError where the checkpoint has no chat template.
+        chat_template: the text of another template, in place of the checkpoint's.
+        tokenize: return the token ids.
+
+        Raises TokenizerError where there is no chat template, and what `render` raises.
         """
-        if self.chat_template is None:
+        template = self.chat_template if chat_template is None else self._other_template(chat_template)
+        if template is None:
             raise TokenizerError(
                 f"{self._source}: the checkpoint has no chat template, so it takes no conversations. "
                 "Use a plain prompt (--raw) instead."
             )
-        return self.chat_template.render(messages, add_generation_prompt=add_generation_prompt)
+        text = template.render(
+            messages,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            tools=tools,
+            variables=variables,
+        )
+        return self.encode(text, add_special=False) if tokenize else text
+
+    def _make_template(self, text: str) -> ChatTemplate:
+        bos, eos = (None if i is None else self._tokens[i] for i in (self.bos_id, self.eos_id))
+        source = f"{self._source}, with a chat_template of the caller's"
+        return ChatTemplate(text, bos_token=bos, eos_token=eos, source=source)
 
 
 def byte_alphabet() -> list[str]:
