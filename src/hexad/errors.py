@@ -10,7 +10,8 @@
     │   ├── UnsupportedError      it is well formed, but of an architecture or type hexad does not know
     │   └── TokenizerError        its tokenizer or chat template cannot be used
     ├── InsufficientMemoryError   weights, KV cache and workspace do not fit; raised before loading
-    └── BackendError              the native core refused or failed
+    ├── BackendError              the native core refused or failed
+    └── EngineError               the engine cannot do what it is asked now: busy, shut down, or broken
 
 Messages say what happened, the numbers, and what to do. Errors about hexad's own invariants are plain
 `assert`s and are never the user's fault.
@@ -62,3 +63,7 @@ class InsufficientMemoryError(HexadError, MemoryError):
 
 class BackendError(HexadError, RuntimeError):
     """The native core refused its arguments or failed."""
+
+
+class EngineError(HexadError, RuntimeError):
+    """The engine cannot do what it is asked now: it is busy, was shut down, or broke (see `__cause__`)."""

@@ -10,7 +10,8 @@ FinishReason = Literal["stop", "length", "abort", "error", "repetition"]
 
 @dataclass(slots=True)
 class Logprob:
-    """One token at one position. rank: 1 is the likeliest. decoded_token: its text, None without detokenising."""
+    """One token at one position. rank: 1 is the likeliest. decoded_token: its text, None without
+    detokenising."""
 
     logprob: float
     rank: int | None = None
@@ -28,8 +29,8 @@ class CompletionOutput:
     cumulative_logprob, logprobs: None unless SamplingParams.logprobs (or logprob_token_ids) asks for them;
         `logprobs` then has one entry per token of `token_ids`.
     finish_reason: "stop" (an end-of-generation token or a stop of the request's own), "length" (max_tokens or
-        the context is used up), "repetition" (SamplingParams.repetition_detection), "abort" (cancelled), "error"
-        (`error` says what), or None while it is still running.
+        the context is used up), "repetition" (SamplingParams.repetition_detection), "abort" (cancelled),
+        "error" (`error` says what), or None while it is still running.
     stop_reason: the string or token id of the request's own stops that ended it.
     """
 

@@ -529,9 +529,10 @@ class BeamSearchParams:
     """Parameters of a beam search.
 
     beam_width: beams kept at each step, and returned. max_tokens: most tokens of a beam. ignore_eos: go on
-    past end-of-generation tokens. temperature: divides the logits; 0 leaves them. length_penalty: beams are
-    ranked by cum_logprob / length ** length_penalty. include_stop_str_in_output: keep the end-of-generation
-    token's text.
+    past end-of-generation tokens. temperature: as in vLLM, beams are ranked by the model's own logprobs
+    whatever it is. length_penalty: beams are ranked by cum_logprob / length ** length_penalty.
+    include_stop_str_in_output: keep the end-of-generation token's text. structured_outputs: refused by the
+    engine, which cannot hold beams to a grammar.
     """
 
     beam_width: int

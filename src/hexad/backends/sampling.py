@@ -1,4 +1,4 @@
-"""What a backend's `sample` is given and gives back. How tokens are drawn is defined in `reference_sampler`."""
+"""What a backend's `sample` is given and gives back. `reference_sampler` defines how tokens are drawn."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SAMPLER_IDS = {
 ROW_DTYPE = np.dtype(
     [
         ("seed", np.uint64),
-        ("position", np.uint32),  # of the token being drawn; with seed and sequence it keys the random numbers
+        ("position", np.uint32),  # of the token being drawn; keys the random numbers, too
         ("sequence", np.uint32),
         ("temperature", np.float32),
         ("top_p", np.float32),
@@ -40,7 +40,7 @@ ROW_DTYPE = np.dtype(
         ("num_prompt", np.int32),  # how many of the history's tokens are prompt
         ("dry_allowed_length", np.int32),
         ("dry_last_n", np.int32),
-        ("dry_breakers", np.int32),  # row of `masks` that holds the tokens no repetition reaches across; -1: none
+        ("dry_breakers", np.int32),  # row of `masks` that holds the breakers; -1: none
         ("mirostat", np.int32),
         ("mask", np.int32),  # row of `masks` that holds the tokens that may be drawn; -1: all
         ("draw", np.int32),  # 1: draw a token; 0: only report
@@ -55,11 +55,11 @@ ROW_DTYPE = np.dtype(
 class SampleBatch:
     """What is wanted of each sample row of a forward pass. A row that wants nothing costs no logits.
 
-    rows: ROW_DTYPE [n]. Ragged arrays, row i having [starts[i], starts[i + 1]), starts int64 [n + 1]:
-    history int32: the tokens before the one being drawn, for rows with penalties or DRY; others may have none.
-    bias_ids int32, bias_values float32: added to logits before anything else; −inf forbids a token.
-    ask_ids int32: tokens whose logprob and rank are wanted.
-    masks: uint32 [m, ⌈vocab / 32⌉], bit t % 32 of word t // 32 for token t.
+    rows: ROW_DTYPE [n]. Ragged arrays, row i having [starts[i], starts[i + 1]), starts int64 [n + 1]: history
+    int32: the tokens before the one being drawn, for rows with penalties or DRY; others may have none.
+    bias_ids int32, bias_values float32: added to logits before anything else; −inf forbids a token. ask_ids
+    int32: tokens whose logprob and rank are wanted. masks: uint32 [m, ⌈vocab / 32⌉], bit t % 32 of word t //
+    32 for token t.
     """
 
     rows: NDArray[np.void]
@@ -75,12 +75,14 @@ class SampleBatch:
 
 @dataclass(frozen=True, slots=True)
 class SampleOutput:
-    """tokens int32 [n]: the tokens drawn; −1 where none can be (no finite logit is left), and where draw is 0.
+    """tokens int32 [n]: the tokens drawn; −1 where none can be (no finite logit is left), and where draw is
+    0.
 
-    mirostat_mu float32 [n]: for the next draw of the same sequence. logprobs float32 [n], ranks int32 [n]: of the
-    tokens drawn, where num_logprobs ≥ 0. top_ids int32, top_logprobs float32 [n, largest num_logprobs]: the likeliest
-    tokens first, row i filled up to its own num_logprobs. ask_logprobs float32, ask_ranks int32, like ask_ids.
-    Logprobs are those of the logits as the model gave them, log softmax; a rank is 1 + the number of larger logits.
+    mirostat_mu float32 [n]: for the next draw of the same sequence. logprobs float32 [n], ranks int32 [n]: of
+    the tokens drawn, where num_logprobs ≥ 0. top_ids int32, top_logprobs float32 [n, largest num_logprobs]:
+    the likeliest tokens first, row i filled up to its own num_logprobs. ask_logprobs float32, ask_ranks
+    int32, like ask_ids. Logprobs are those of the logits as the model gave them, log softmax; a rank is 1 +
+    the number of larger logits.
     """
 
     tokens: NDArray[np.int32]

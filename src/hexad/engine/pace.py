@@ -1,0 +1,88 @@
+"""Pace: how many prompt tokens fit into a step before the streams beside them stutter."""
+
+from __future__ import annotations
+
+from math import sqrt
+
+from hexad.engine.step import StepCost
+
+LONGEST_STEP = 1.0
+"""Seconds that no step shall pass."""
+
+STRETCH = 2.5
+"""How much longer than the streams' own step one with prompts may take, unless max_step_ms says otherwise."""
+
+LEAST_TOKENS = 16
+"""Prompt tokens that a step takes in any case, so that prompts get on however busy the streams are."""
+
+# What a slow machine does in a second. The first measured steps correct them; until then, steps are rather
+# too short than too long.
+BYTES = 10e9
+MACS = 100e9
+ATTENTION_MACS = 25e9
+
+LEARNING = 0.2
+"""Weight of the newest measurement."""
+
+
+class Pace:
+    """Predicts a step's time from what it holds, and corrects itself by the times measured.
+
+    Streams and prompts have a factor each: the former's time goes into reading weights and KV, the latter's
+    into arithmetic, and machines differ in both.
+    """
+
+    def __init__(self, cost: StepCost, max_step_ms: float | None = None) -> None:
+        self._step = cost.step_bytes / BYTES
+        self._stream = (cost.token_macs + cost.draw_macs) / MACS
+        self._position = cost.position_bytes / BYTES
+        self._token = cost.token_macs / MACS
+        self._pair = cost.pair_macs / ATTENTION_MACS
+        self._max_seconds = None if max_step_ms is None else max_step_ms / 1000
+        self._stream_factor = self._prompt_factor = 1.0
+        self._stream_steps = self._prompt_steps = 0
+        self._streams = self._prompts = 0.0  # what the step under way was predicted to take, without factors
+
+    def begin(self, streams: int, positions: int, *, watched: bool) -> float:
+        """Begins a step of so many streams, which look back on so many positions in all. Returns the seconds
+        that prompts may add to it.
+
+        watched: somebody sees the streams' tokens come, and would see them stutter.
+        """
+        self._prompts = self._streams = 0.0
+        if streams:
+            self._streams = self._step + streams * self._stream + positions * self._position
+        seconds = self._streams * self._stream_factor
+        wanted = LONGEST_STEP
+        if streams and watched:
+            wanted = STRETCH * seconds if self._max_seconds is None else self._max_seconds
+        return max(0.0, min(wanted, LONGEST_STEP) - seconds)
+
+    def tokens_within(self, seconds: float, start: int) -> int:
+        """Most tokens of a prompt, from position `start` on, that take no longer than `seconds`."""
+        # pair/2 · n² + (token + pair · start) · n = seconds
+        seconds = max(0.0, seconds) / self._prompt_factor
+        linear = self._token + self._pair * start
+        return int(2 * seconds / (linear + sqrt(linear * linear + 2 * self._pair * seconds)))
+
+    def add_prompt(self, tokens: int, start: int) -> float:
+        """Adds a prompt's tokens to the step; returns the seconds they are predicted to take."""
+        seconds = tokens * self._token + self._pair * tokens * (start + tokens / 2)
+        self._prompts += seconds
+        return seconds * self._prompt_factor
+
+    def end(self, seconds: float) -> None:
+        """Ends the step with the time it took."""
+        if self._prompts:
+            own = max(seconds - self._streams * self._stream_factor, 0.05 * seconds)
+            self._prompt_factor = _corrected(self._prompt_factor, own / self._prompts, self._prompt_steps)
+            self._prompt_steps += 1
+        elif self._streams:
+            self._stream_factor = _corrected(self._stream_factor, seconds / self._streams, self._stream_steps)
+            self._stream_steps += 1
+
+
+def _corrected(factor: float, measured: float, steps: int) -> float:
+    """A moving average that forgets its first guess at once."""
+    weight = max(LEARNING, 1 / (steps + 1))
+    return factor + weight * (min(max(measured, 1e-3), 1e3) - factor)
