@@ -18,6 +18,7 @@ constexpr int64_t kMaximaTasks = 16;  // parts of a row whose maxima are found b
 
 [[noreturn]] void fail(const std::string& message) { throw std::invalid_argument(message); }
 
+// Makes its message in any case; loops over a batch call fail instead.
 void require(bool holds, const std::string& message) {
   if (!holds) fail(message);
 }
@@ -383,9 +384,9 @@ void Program::forward(const BatchView& batch) {
   require(batch.row_starts[0] == 0 && batch.row_starts[batch.seqs] == batch.rows,
           "row_starts do not cover the rows");
   for (int64_t i = 0; i < batch.rows && vocabulary_ > 0; ++i)
-    require(batch.tokens[i] >= 0 && batch.tokens[i] < vocabulary_,
-            "token " + std::to_string(batch.tokens[i]) + " is outside the vocabulary of " +
-                std::to_string(vocabulary_));
+    if (batch.tokens[i] < 0 || batch.tokens[i] >= vocabulary_)
+      fail("token " + std::to_string(batch.tokens[i]) + " is outside the vocabulary of " +
+           std::to_string(vocabulary_));
   for (Tiling& tiling : tilings_) tiling.tiles.clear();
   for (int64_t s = 0; s < batch.seqs; ++s) {
     const int32_t begin = batch.row_starts[s], end = batch.row_starts[s + 1];
@@ -395,8 +396,8 @@ void Program::forward(const BatchView& batch) {
     require(last / kBlockTokens < batch.table_width, "a block table is too short for its sequence");
     for (int64_t b = 0; b <= last / kBlockTokens; ++b) {
       const int32_t block = batch.block_tables[s * batch.table_width + b];
-      require(block >= 0 && block < options_.kv_blocks,
-              "KV block " + std::to_string(block) + " does not exist");
+      if (block < 0 || block >= options_.kv_blocks)
+        fail("KV block " + std::to_string(block) + " does not exist");
     }
     for (int32_t row = begin; row < end; ++row) {
       row_seq_[at(row)] = static_cast<int32_t>(s);
@@ -407,9 +408,8 @@ void Program::forward(const BatchView& batch) {
         tiling.tiles.push_back({static_cast<int32_t>(s), row, std::min(tiling.tokens, end - row)});
   }
   for (int64_t i = 0; i < batch.samples; ++i)
-    require(batch.sample_rows[i] >= 0 && batch.sample_rows[i] < batch.rows &&
-                (i == 0 || batch.sample_rows[i] >= batch.sample_rows[i - 1]),
-            "sample rows are not ascending rows of the batch");
+    if (batch.sample_rows[i] < (i > 0 ? batch.sample_rows[i - 1] : 0) || batch.sample_rows[i] >= batch.rows)
+      fail("sample rows are not ascending rows of the batch");
   batch_ = batch;
   samples_ = batch.samples;
   team_.run([&](int member) {
@@ -437,13 +437,15 @@ void Program::hidden(float* out, int64_t rows) {
   const Busy busy(busy_);
   check_head(rows);
   const int64_t size = hidden_size();
-  for (int64_t i = 0; i < rows; ++i) {
-    const float* x = buffer(head_->x).row(i);
-    if (head_->norm < 0)
-      std::memcpy(out + i * size, x, at(size) * sizeof(float));
-    else
-      kernels_.norm(x, vector(head_->norm), head_->eps, size, out + i * size);
-  }
+  team_.run([&](int member) {
+    team_.loop(member, rows, [&](int64_t i) {
+      const float* x = buffer(head_->x).row(i);
+      if (head_->norm < 0)
+        std::memcpy(out + i * size, x, at(size) * sizeof(float));
+      else
+        kernels_.norm(x, vector(head_->norm), head_->eps, size, out + i * size);
+    });
+  });
 }
 
 void Program::sample(const SampleBatch& wanted, const SampleOutput& output) {
@@ -452,8 +454,8 @@ void Program::sample(const SampleBatch& wanted, const SampleOutput& output) {
   wanted.check(vocab());
   int64_t longest = 0;
   for (int64_t i = 0; i < wanted.count; ++i) {
-    require(wanted.rows[i].num_logprobs <= output.top_width,
-            "no room for " + std::to_string(wanted.rows[i].num_logprobs) + " logprobs");
+    if (wanted.rows[i].num_logprobs > output.top_width)
+      fail("no room for " + std::to_string(wanted.rows[i].num_logprobs) + " logprobs");
     if (wanted.rows[i].dry_multiplier != 0) longest = std::max(longest, wanted.history.length(i));
   }
   for (Scratch& s : scratch_)

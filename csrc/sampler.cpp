@@ -7,6 +7,7 @@
 #include <functional>
 #include <iterator>
 #include <limits>
+#include <span>
 #include <stdexcept>
 #include <string>
 
@@ -15,7 +16,7 @@
 namespace hexad {
 namespace {
 
-constexpr float kGreedyEpsilon = 1e-5f;
+constexpr double kGreedyEpsilon = 1e-5;  // of float64: float32(1e-5) is less
 constexpr double kMinTemperature = 0.01;
 constexpr float kLowest = std::numeric_limits<float>::lowest();
 constexpr float kNone = -std::numeric_limits<float>::infinity();
@@ -24,6 +25,13 @@ constexpr int64_t kEstimated = 100;  // tokens from which mirostat estimates Zip
 
 bool likelier(const Candidate& a, const Candidate& b) {
   return a.x > b.x || (a.x == b.x && a.token < b.token);
+}
+
+using Tokens = std::span<const int32_t>;
+
+// The last n of the tokens; all if n is negative.
+Tokens window(Tokens tokens, int32_t n) {
+  return n < 0 || n > std::ssize(tokens) ? tokens : tokens.last(static_cast<size_t>(n));
 }
 
 struct Uniforms {
@@ -58,29 +66,20 @@ struct Row {
   int64_t block_size(int64_t b) const { return std::min<int64_t>(kLogitBlock, vocab - b * kLogitBlock); }
   float largest() const { return *std::max_element(maxima, maxima + blocks()); }
 
-  // f(token, its x) for each x of at least `threshold`, by id.
+  // f(first, bits) for the x of at least `threshold`, 64 tokens at a time: bit i stands for token first + i.
   template <class F>
-  void each_at_least(float threshold, F&& f) const {
+  void each_at_least(float threshold, const F& f) const {
     for (int64_t b = 0; b < blocks(); ++b) {
       if (!(maxima[b] >= threshold)) continue;
       const int64_t end = b * kLogitBlock + block_size(b);
       for (int64_t i = b * kLogitBlock; i < end; i += 64)
-        for (uint64_t bits = kernels.at_least(x + i, std::min<int64_t>(64, end - i), threshold); bits;
-             bits &= bits - 1) {
-          const int64_t token = i + std::countr_zero(bits);
-          f(static_cast<int32_t>(token), x[token]);
-        }
+        f(i, kernels.at_least(x + i, std::min<int64_t>(64, end - i), threshold));
     }
   }
 
   int64_t count_at_least(float threshold) const {
     int64_t count = 0;
-    for (int64_t b = 0; b < blocks(); ++b) {
-      if (!(maxima[b] >= threshold)) continue;
-      const int64_t end = b * kLogitBlock + block_size(b);
-      for (int64_t i = b * kLogitBlock; i < end; i += 64)
-        count += std::popcount(kernels.at_least(x + i, std::min<int64_t>(64, end - i), threshold));
-    }
+    each_at_least(threshold, [&](int64_t, uint64_t bits) { count += std::popcount(bits); });
     return count;
   }
 
@@ -200,13 +199,12 @@ class Kept {
 
   // Moments of x about `centre`.
   Moments moments(float centre) const {
+    if (dense_) return row_.kernels.moments(row_.x, vocab(), floor_, double{centre});
     Moments total{0, 0, 0};
-    const auto block = [&](const float* from, int64_t n, float floor) {
-      const Moments m = row_.kernels.moments(from, n, floor, double{centre});
-      total = {total.count + m.count, total.sum + m.sum, total.squares + m.squares};
-    };
-    if (dense_) block(row_.x, vocab(), floor_);
-    for (int64_t i = 0; !dense_ && i < count_; ++i) block(&list_[i].x, 1, kLowest);
+    for (int64_t i = 0; i < count_; ++i) {
+      const double d = double{list_[i].x} - double{centre};
+      total = {total.count + 1, total.sum + d, total.squares + d * d};
+    }
     return total;
   }
 
@@ -214,8 +212,12 @@ class Kept {
   void list(float threshold = kNone) {
     if (!dense_) return;
     count_ = 0;
-    row_.each_at_least(threshold > floor_ ? threshold : floor_,
-                       [&](int32_t token, float x) { list_[count_++] = {x, 0, token}; });
+    row_.each_at_least(threshold > floor_ ? threshold : floor_, [&](int64_t first, uint64_t bits) {
+      for (; bits; bits &= bits - 1) {
+        const int64_t token = first + std::countr_zero(bits);
+        list_[count_++] = {row_.x[token], 0, static_cast<int32_t>(token)};
+      }
+    });
     dense_ = false;
   }
 
@@ -230,7 +232,7 @@ class Kept {
   }
 
   void keep_at_least(float threshold) {
-    if (dense_) floor_ = std::max(floor_, threshold);
+    if (dense_) floor_ = std::max(threshold, floor_);  // in this order a NaN stays: nothing reaches it
     drop_if([&](const Candidate& c) { return !(c.x >= threshold); });
   }
 
@@ -253,15 +255,15 @@ class Kept {
     count_ = shortest_prefix(list_, count_, key, [&](double sum) { return sum >= mass; });
   }
 
-  // Replaces x by f(x, mark) where a token has a mark, and clears the marks, all of which are of [first, last).
+  // Replaces x by f(x, mark) where a token has a mark, and clears the marks, all of which are of `seen`.
   template <class F>
-  void revise(const int32_t* first, const int32_t* last, const F& f) {
+  void revise(Tokens seen, const F& f) {
     uint32_t* marks = scratch_.marks.get();
     if (dense_ && floor_ > kLowest) list();  // who is kept must not change with x
     if (dense_) {
-      for (; first < last; ++first)
-        if (uint32_t& mark = marks[*first]) {
-          row_.x[*first] = f(row_.x[*first], mark);
+      for (const int32_t token : seen)
+        if (uint32_t& mark = marks[token]) {
+          row_.x[token] = f(row_.x[token], mark);
           mark = 0;
         }
       row_.refresh();
@@ -269,7 +271,7 @@ class Kept {
     }
     for (Candidate& c : *this)
       if (marks[c.token]) c.x = f(c.x, marks[c.token]);
-    for (; first < last; ++first) marks[*first] = 0;
+    for (const int32_t token : seen) marks[token] = 0;
     keep_at_least(kLowest);
   }
 
@@ -344,23 +346,13 @@ class Kept {
   bool dense_ = true;
 };
 
-struct Tokens {
-  const int32_t *first, *last;
-  int64_t size() const { return last - first; }
-};
-
-// The last n of the tokens; all if n is negative.
-Tokens window(Tokens tokens, int32_t n) {
-  return {n < 0 || n > tokens.size() ? tokens.first : tokens.last - n, tokens.last};
-}
-
 // The samplers, in the order of SamplerId.
 
 void penalties(Kept& kept, const SampleRow& row, Tokens history, uint32_t* marks) {
   const Tokens seen = window(history, row.repeat_last_n);
-  for (const int32_t* token = seen.first; token < seen.last; ++token)
-    marks[*token] = (marks[*token] + (token - history.first >= row.num_prompt ? 2 : 0)) | 1;
-  kept.revise(seen.first, seen.last, [&](float x, uint32_t mark) {
+  for (const int32_t& token : seen)
+    marks[token] = (marks[token] + (&token - history.data() >= row.num_prompt ? 2 : 0)) | 1;
+  kept.revise(seen, [&](float x, uint32_t mark) {
     x = x > 0 ? x / row.repetition_penalty : x * row.repetition_penalty;
     const uint32_t count = mark / 2;
     const double lost = count * double{row.frequency_penalty} + double{row.presence_penalty};
@@ -371,9 +363,9 @@ void penalties(Kept& kept, const SampleRow& row, Tokens history, uint32_t* marks
 void dry(Kept& kept, const SampleRow& row, Tokens history, const uint32_t* breakers, uint32_t* marks,
          int32_t* runs) {
   const Tokens seen = window(history, row.dry_last_n);
-  const int64_t n = seen.size();
+  const int64_t n = std::ssize(seen);
   const auto breaks = [&](int32_t token) { return breakers && breakers[token / 32] >> token % 32 & 1; };
-  const auto back = [&](int64_t i) { return seen.last[-1 - i]; };
+  const auto back = [&](int64_t i) { return seen[static_cast<size_t>(n - 1 - i)]; };
   int64_t most = 0;  // the longest run that may end the window
   while (most < n && !breaks(back(most))) ++most;
   // runs[k]: how many tokens that end the window also end what stands k tokens before it; the Z algorithm (Gusfield
@@ -392,7 +384,7 @@ void dry(Kept& kept, const SampleRow& row, Tokens history, const uint32_t* break
     const int32_t token = back(k - 1);  // stood right after that run
     if (run >= least && !breaks(token)) marks[token] = std::max(marks[token], static_cast<uint32_t>(run) + 1);
   }
-  kept.revise(seen.first, seen.last, [&](float x, uint32_t mark) {
+  kept.revise(seen, [&](float x, uint32_t mark) {
     const double power =
         std::pow(double{row.dry_base}, static_cast<double>(mark) - 1 - row.dry_allowed_length);
     const double lost = std::min(double{row.dry_multiplier} * power, -double{kLowest});
@@ -495,10 +487,10 @@ void apply(SamplerId sampler, Kept& kept, const SampleBatch& batch, int64_t i, f
   const Tokens history{batch.history.begin(i), batch.history.end(i)};
   switch (sampler) {
     case SamplerId::kPenalties:
-      if (history.size() > 0) penalties(kept, row, history, scratch.marks.get());
+      if (!history.empty()) penalties(kept, row, history, scratch.marks.get());
       break;
     case SamplerId::kDry:
-      if (history.size() > 0 && row.dry_multiplier != 0)
+      if (!history.empty() && row.dry_multiplier != 0)
         dry(kept, row, history, batch.mask(row.dry_breakers), scratch.marks.get(), scratch.runs.data());
       break;
     case SamplerId::kTemperature:
@@ -641,36 +633,36 @@ int64_t SamplerScratch::bytes() const {
 }
 
 void SampleBatch::check(int64_t vocab) const {
-  const auto require = [](bool holds, const std::string& message) {
-    if (!holds) throw std::invalid_argument(message);
-  };
+  // Called where something is wrong: histories are long, so the messages of what holds must not be made.
+  const auto fail = [](const std::string& message) { throw std::invalid_argument(message); };
   const auto check_ragged = [&](const Ragged<int32_t>& tokens, const std::string& name) {
     bool divides = tokens.starts[0] == 0 && tokens.starts[count] == tokens.size;
     for (int64_t i = 0; i < count; ++i) divides &= tokens.starts[i] <= tokens.starts[i + 1];
-    require(divides, name + " starts do not divide " + std::to_string(tokens.size) + " tokens among " +
-                         std::to_string(count) + " rows");
+    if (!divides)
+      fail(name + " starts do not divide " + std::to_string(tokens.size) + " tokens among " +
+           std::to_string(count) + " rows");
     for (int64_t i = 0; i < tokens.size; ++i)
-      require(tokens.values[i] >= 0 && tokens.values[i] < vocab,
-              name + " token " + std::to_string(tokens.values[i]) + " is outside the vocabulary of " +
-                  std::to_string(vocab));
+      if (tokens.values[i] < 0 || tokens.values[i] >= vocab)
+        fail(name + " token " + std::to_string(tokens.values[i]) + " is outside the vocabulary of " +
+             std::to_string(vocab));
   };
   check_ragged(history, "history");
   check_ragged(bias, "bias");
   check_ragged(asks, "ask");
-  require(mask_count == 0 || mask_words == (vocab + 31) / 32,
-          "masks of " + std::to_string(mask_words) + " words for a vocabulary of " + std::to_string(vocab));
+  if (mask_count > 0 && mask_words != (vocab + 31) / 32)
+    fail("masks of " + std::to_string(mask_words) + " words for a vocabulary of " + std::to_string(vocab));
   for (int64_t i = 0; i < count; ++i) {
     const SampleRow& row = rows[i];
     for (const int32_t mask : {row.mask, row.dry_breakers})
-      require(mask >= -1 && mask < mask_count,
-              "mask " + std::to_string(mask) + " of " + std::to_string(mask_count));
+      if (mask < -1 || mask >= mask_count)
+        fail("mask " + std::to_string(mask) + " of " + std::to_string(mask_count));
     for (const float value : {row.temperature, row.dynatemp_range, row.dynatemp_exponent})
-      require(std::isfinite(value), "a temperature is not finite");
-    require(row.mirostat >= 0 && row.mirostat <= 2,
-            "mirostat " + std::to_string(row.mirostat) + "; it is 0, 1 or 2");
+      if (!std::isfinite(value)) fail("a temperature is not finite");
+    if (row.mirostat < 0 || row.mirostat > 2)
+      fail("mirostat " + std::to_string(row.mirostat) + "; it is 0, 1 or 2");
     for (const SamplerId sampler : row.order)
-      require(sampler < SamplerId::kCount,
-              "no sampler has the number " + std::to_string(int{static_cast<uint8_t>(sampler)}));
+      if (sampler >= SamplerId::kCount)
+        fail("no sampler has the number " + std::to_string(int{static_cast<uint8_t>(sampler)}));
   }
 }
 

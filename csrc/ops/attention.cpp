@@ -84,6 +84,13 @@ void merge(RowState& total, float* o_total, const RowState& s, float* o_segment,
     store(o_total + i, fma(load(o_segment + i), splat(take), mul(load(o_total + i), splat(keep))));
 }
 
+// Asks for a block's K or V. Blocks lie far apart, so the hardware does not see the next one coming.
+template <class T>
+void prefetch(const T* p, int64_t padded) {
+  constexpr int64_t kLine = 64 / sizeof(T);
+  for (int64_t i = 0; i < kBlockTokens * padded; i += kLine) __builtin_prefetch(p + i);
+}
+
 template <class T>
 void attention(const AttentionArgs& a) {
   const int64_t padded = padded_head_dim(a.head_dim), rows = int64_t{a.tokens} * a.group;
@@ -113,9 +120,11 @@ void attention(const AttentionArgs& a) {
         for (int64_t i = 0; i < padded; i += 16) store(o + r * padded + i, splat(0));
       }
     }
-    const char* base = a.cache + a.blocks[block] * a.block_stride;
-    const T* k = reinterpret_cast<const T*>(base + a.k_offset);
-    const T* v = reinterpret_cast<const T*>(base + a.v_offset);
+    const auto in_block = [&](int64_t b, int64_t offset) {
+      return reinterpret_cast<const T*>(a.cache + a.blocks[b] * a.block_stride + offset);
+    };
+    const T *k = in_block(block, a.k_offset), *v = in_block(block, a.v_offset);
+    prefetch(v, padded);
     float* s = scores + first_row * 32;
     float* weighted = o + first_row * padded;
 
@@ -155,6 +164,7 @@ void attention(const AttentionArgs& a) {
       state[r] = {largest, kept + sum(add(first, second))};
     }
 
+    if (block + 1 < blocks) prefetch(in_block(block + 1, a.k_offset), padded);
     for (int64_t column = 0; column < padded; column += 32) {
       if (unpack)
         product_rows(seen, s, 32, v_floats + column, padded, keys, true, weighted + column, padded);

@@ -93,7 +93,7 @@ def sample(logits: Array, wanted: SampleBatch) -> SampleOutput:
     """Draws and reports for logits, float32 [n, vocab]. Raises BackendError if `wanted` does not fit."""
     _check(wanted, *logits.shape)
     rows = wanted.rows
-    n, width = len(rows), max(0, int(rows["num_logprobs"].max(initial=0)))
+    n, width = len(rows), int(rows["num_logprobs"].max(initial=0))
     output = SampleOutput(
         tokens=np.full(n, -1, np.int32),
         mirostat_mu=rows["mirostat_mu"].copy(),
@@ -132,7 +132,7 @@ def draw(logits: Array, wanted: SampleBatch, i: int) -> tuple[int, float]:
     sums = np.cumsum(w)
     u0, _ = uniforms(row)
     place = min(int(np.searchsorted(sums, u0 * sums[-1], side="right")), len(w) - 1)
-    if row["mirostat"] and row["temperature"] >= GREEDY_EPSILON:
+    if row["mirostat"] and row["temperature"].item() >= GREEDY_EPSILON:
         surprise = -np.log2(w[place] / sums[-1])
         mu -= row["mirostat_eta"].item() * (surprise - row["mirostat_tau"].item())
     return int(k.ids[place]), mu

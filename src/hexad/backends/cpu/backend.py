@@ -130,7 +130,7 @@ class CpuExecutable:
     def sample(self, wanted: SampleBatch) -> SampleOutput:
         """See `Executable`. Raises BackendError where `wanted` contradicts itself or the last forward."""
         rows = wanted.rows
-        n, width = len(rows), max(0, int(rows["num_logprobs"].max(initial=0)))
+        n, width = len(rows), int(rows["num_logprobs"].max(initial=0))
         output = SampleOutput(
             tokens=np.empty(n, np.int32),
             mirostat_mu=np.empty(n, np.float32),
