@@ -8,7 +8,7 @@ import pytest
 from tests.tiny_models import TinyModel, tiny_llama
 
 from hexad.graph import Graph
-from hexad.graph.cost import FLOAT_SHARE, Cost, NodeCost, cost, kv_bytes_per_token, limits
+from hexad.graph.cost import FLOAT_SHARE, Cost, NodeCost, cost, kv_bytes_per_token, limits, step_numbers
 from hexad.graph.fuse import fuse
 from hexad.weights import Q4_0
 
@@ -107,3 +107,19 @@ def test_limits() -> None:
     assert found.decode == pytest.approx(1e9 / moved)
     seconds = prefill.total.linear_macs / 1e12 + prefill.total.attention_macs / (1e12 / FLOAT_SHARE)
     assert found.prefill == pytest.approx(64 / seconds)
+
+
+def test_step_numbers_add_up_to_any_step() -> None:
+    model = tiny_llama(format=Q4_0)
+    numbers = step_numbers(model.graph(), model.weights, kv_dtype="f16")
+    for rows, context, draws in ((1, 100, 1), (30, 64, 0), (7, 7, 3)):
+        whole = of(model, rows=rows, context=context, sample_rows=draws, kv_dtype="f16").total
+        pairs = sum(range(context - rows + 1, context + 1))
+        assert rows * numbers.token_macs + draws * numbers.draw_macs == whole.linear_macs
+        assert pairs * numbers.pair_macs == whole.attention_macs
+        assert context * numbers.position_bytes == whole.kv_read_bytes
+    assert numbers.step_bytes == whole.weight_bytes
+    packed = dict.fromkeys(model.weights, 1000)
+    assert step_numbers(
+        model.graph(), model.weights, kv_dtype="f16", weight_bytes=packed
+    ).step_bytes == 1000 * len(packed)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from hexad.graph.graph import Graph
 from hexad.graph.node import Node
@@ -61,6 +61,16 @@ class SpeedLimits:
     prefill: float
 
 
+class StepNumbers(NamedTuple):
+    """What any step costs is a sum of these; see `step_numbers`."""
+
+    step_bytes: int
+    token_macs: int
+    draw_macs: int
+    pair_macs: int
+    position_bytes: int
+
+
 def cost(
     graph: Graph,
     weights: Mapping[str, Weight],
@@ -108,6 +118,34 @@ def cost(
         activation_bytes=sum(node.activation_bytes for node in nodes),
     )
     return Cost(tuple(nodes), total)
+
+
+def step_numbers(
+    graph: Graph,
+    weights: Mapping[str, Weight],
+    *,
+    kv_dtype: KVDtype,
+    weight_bytes: Mapping[str, int] | None = None,
+) -> StepNumbers:
+    """The terms of a step's cost, which is linear in what the step holds.
+
+    step_bytes: read once a step, the weights. token_macs: multiply-adds with weights per token; draw_macs:
+    per row of logits. pair_macs: multiply-adds of attention per pair of a token and a position it looks at.
+    position_bytes: of KV, per position that a sequence looks back on. weight_bytes: see `cost`.
+    """
+    token, draw = (
+        cost(
+            graph, weights, rows=1, context=1, kv_dtype=kv_dtype, sample_rows=rows, weight_bytes=weight_bytes
+        ).total
+        for rows in (0, 1)
+    )
+    return StepNumbers(
+        step_bytes=draw.weight_bytes,
+        token_macs=token.linear_macs,
+        draw_macs=draw.linear_macs - token.linear_macs,
+        pair_macs=token.attention_macs,
+        position_bytes=token.kv_read_bytes,
+    )
 
 
 def kv_bytes(numbers: int, kv_dtype: KVDtype) -> int:

@@ -2,42 +2,44 @@
 
 from __future__ import annotations
 
-from itertools import chain
+from collections.abc import Mapping
+from itertools import accumulate
 
 import numpy as np
 
-from hexad.backends.backend import Batch, SampleBatch
+from hexad.backends.backend import Batch
 from hexad.engine.step import ScheduledStep
 
+NO_REPORTS: Mapping[int, range] = {}
 
-def make_batch(step: ScheduledStep) -> Batch:
-    """The rows of every sequence, one after another; one that samples wants the logits of its last row."""
-    sequences = step.sequences
-    row_starts = np.zeros(len(sequences) + 1, np.int32)
-    np.cumsum([len(s.token_ids) for s in sequences], out=row_starts[1:])
-    width = max((len(s.block_table) for s in sequences), default=0)
-    block_tables = np.full((len(sequences), width), -1, np.int32)
-    for row, sequence in zip(block_tables, sequences, strict=True):
-        row[: len(sequence.block_table)] = sequence.block_table
-    samples = np.array([s.sample is not None for s in sequences], bool)
+
+def make_batch(step: ScheduledStep, reports: Mapping[int, range] = NO_REPORTS) -> Batch:
+    """The rows of every sequence, one after another; wanted is each sequence's last row, as often as tokens
+    are drawn from it.
+
+    reports: positions, by the sequence's place in the step, of which something else is wanted: their rows
+    come before the last one, or are the last one of a sequence that draws nothing.
+    """
+    # Lists until the end: a step sweeps the caches, after which each call into NumPy costs microseconds.
+    row_ends = list(accumulate(step.counts))
+    width = max(map(len, step.block_tables), default=0)
+    blocks: list[int] = []
+    for table in step.block_tables:
+        blocks += table
+        if len(table) < width:
+            blocks += [-1] * (width - len(table))
+    if reports:
+        sample_rows: list[int] = []
+        for place, (end, draws) in enumerate(zip(row_ends, step.draws, strict=True)):
+            first_row = end - step.counts[place] - step.starts[place]  # of position 0
+            sample_rows += [first_row + position for position in reports.get(place, ())]
+            sample_rows += [end - 1] * len(draws)
+    else:
+        sample_rows = [end - 1 for end, draws in zip(row_ends, step.draws, strict=True) for _ in draws]
     return Batch(
-        tokens=np.fromiter(chain.from_iterable(s.token_ids for s in sequences), np.int32, step.num_tokens),
-        row_starts=row_starts,
-        starts=np.array([s.start for s in sequences], np.int32),
-        block_tables=block_tables,
-        sample_rows=row_starts[1:][samples] - np.int32(1),
-    )
-
-
-def make_sample_batch(step: ScheduledStep) -> SampleBatch:
-    """One entry per sequence that samples, in the order of `Batch.sample_rows`."""
-    specs = [s.sample for s in step.sequences if s.sample is not None]
-    return SampleBatch(
-        temperature=np.array([s.temperature for s in specs], np.float32),
-        top_k=np.array([s.top_k for s in specs], np.int32),
-        top_p=np.array([s.top_p for s in specs], np.float32),
-        min_p=np.array([s.min_p for s in specs], np.float32),
-        seed=np.array([s.seed for s in specs], np.uint64),
-        sequence=np.array([s.sequence for s in specs], np.uint32),
-        position=np.array([s.position for s in specs], np.uint32),
+        tokens=np.array(step.tokens, np.int32),
+        row_starts=np.array([0, *row_ends], np.int32),
+        starts=np.array(step.starts, np.int32),
+        block_tables=np.array(blocks, np.int32).reshape(len(row_ends), width),
+        sample_rows=np.array(sample_rows, np.int32),
     )

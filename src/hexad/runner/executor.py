@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from hexad.engine.step import ScheduledStep, StepResult
+from hexad.engine.step import ScheduledStep, StepCost, StepResult
+from hexad.params import PoolingParams, SamplingParams
 from hexad.runner.model_runner import ModelRunner
 
 
@@ -12,6 +13,23 @@ class LocalExecutor:
     def __init__(self, runner: ModelRunner) -> None:
         self.runner = runner
 
+    @property
+    def step_cost(self) -> StepCost:
+        """What this model's steps cost."""
+        return self.runner.step_cost
+
+    def check(self, params: SamplingParams | PoolingParams) -> None:
+        """Raises ParamsError for what could not be carried out."""
+        self.runner.check(params)
+
     def execute(self, step: ScheduledStep) -> StepResult:
         """Computes the step here and now."""
         return self.runner.execute(step)
+
+    def sleep(self) -> None:
+        """Frees weights and KV cache."""
+        self.runner.sleep()
+
+    def wake(self) -> None:
+        """Loads them again."""
+        self.runner.wake()
