@@ -1,9 +1,9 @@
 """An executor without a model, for tests of the engine.
 
 It keeps a paged "KV cache" of token ids, writes what a step computes through the block tables, and reads
-every sequence back through them. The next token is a hash of all tokens read back, of the request's seed and of
-the sequence's index, so a block given to two sequences, a token lost or computed twice, or a wrong position
-changes what comes out.
+every sequence back through them. The next token is a hash of all tokens read back, of the request's seed and
+of the sequence's index, so a block given to two sequences, a token lost or computed twice, or a wrong
+position changes what comes out.
 """
 
 from __future__ import annotations
@@ -64,7 +64,8 @@ class ViolationError(BaseException):
 
 
 class FakeExecutor:
-    """Keeps the steps it was given in `steps`, as they were (if `keep`), and `specs` of the sequences it was told of.
+    """Keeps the steps it was given in `steps`, as they were (if `keep`), and `specs` of the sequences it was
+    told of.
 
     `fail_next` makes the next step raise; sequences whose ids are in `broken` get errors instead of tokens.
     """

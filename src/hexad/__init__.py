@@ -16,29 +16,73 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hexad import errors
+    from hexad.async_llm import AsyncLLM
     from hexad.config import EngineConfig
     from hexad.llm import LLM
-    from hexad.outputs import CompletionOutput, RequestOutput
-    from hexad.params import SamplingParams
+    from hexad.outputs import (
+        BeamSearchOutput,
+        BeamSearchSequence,
+        CompletionOutput,
+        EmbeddingOutput,
+        EmbeddingRequestOutput,
+        Logprob,
+        RequestMetrics,
+        RequestOutput,
+        ScoreOutput,
+    )
+    from hexad.params import (
+        BeamSearchParams,
+        PoolingParams,
+        RepetitionDetectionParams,
+        RequestOutputKind,
+        SamplingParams,
+        StructuredOutputsParams,
+    )
 
     __version__: str
 
 __all__ = [
     "LLM",
+    "AsyncLLM",
+    "BeamSearchOutput",
+    "BeamSearchParams",
+    "BeamSearchSequence",
     "CompletionOutput",
+    "EmbeddingOutput",
+    "EmbeddingRequestOutput",
     "EngineConfig",
+    "Logprob",
+    "PoolingParams",
+    "RepetitionDetectionParams",
+    "RequestMetrics",
     "RequestOutput",
+    "RequestOutputKind",
     "SamplingParams",
+    "ScoreOutput",
+    "StructuredOutputsParams",
     "__version__",
     "errors",
 ]
 
 _HOME = {
     "LLM": "hexad.llm",
+    "AsyncLLM": "hexad.async_llm",
+    "BeamSearchOutput": "hexad.outputs",
+    "BeamSearchParams": "hexad.params",
+    "BeamSearchSequence": "hexad.outputs",
     "CompletionOutput": "hexad.outputs",
+    "EmbeddingOutput": "hexad.outputs",
+    "EmbeddingRequestOutput": "hexad.outputs",
     "EngineConfig": "hexad.config",
+    "Logprob": "hexad.outputs",
+    "PoolingParams": "hexad.params",
+    "RepetitionDetectionParams": "hexad.params",
+    "RequestMetrics": "hexad.outputs",
     "RequestOutput": "hexad.outputs",
+    "RequestOutputKind": "hexad.params",
     "SamplingParams": "hexad.params",
+    "ScoreOutput": "hexad.outputs",
+    "StructuredOutputsParams": "hexad.params",
 }
 
 

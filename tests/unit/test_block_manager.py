@@ -1,10 +1,11 @@
-"""BlockManager: every block is free or held as often as tables name it, and the cache finds what was published."""
+"""BlockManager: blocks are held as often as tables name them, and the cache finds what was published."""
 
 from __future__ import annotations
 
 from collections import Counter
 
-from hypothesis import settings, strategies as st
+from hypothesis import settings
+from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from hexad.config import BLOCK_TOKENS
@@ -20,9 +21,10 @@ def test_keys_stand_for_the_salt_and_all_tokens_so_far() -> None:
     root = root_key(None)
     assert next_key(next_key(root, a), b) == next_key(next_key(root_key(None), a), b)
     keys = [
-        root, root_key(""), root_key("salt"), root_key("salt", "adapter"), next_key(root, a), next_key(root, b),
+        root, root_key(""), root_key("salt"), root_key("salt", "adapter"), next_key(root, a),
+        next_key(root, b),
         next_key(root_key("salt"), a), next_key(next_key(root, a), c), next_key(next_key(root, b), c),
-        next_key(root, a[:-1] + [2**40]),
+        next_key(root, [*a[:-1], 2**40]),
     ]  # fmt: skip
     assert len(set(keys)) == len(keys)
 

@@ -34,10 +34,13 @@ MAY_IMPORT = {
     "placement": "_native",
     "backends": "graph weights placement _native numpy",
     "engine": "",
-    "runner": "models backends checkpoint placement graph engine.step numpy",
-    "llm": "engine runner checkpoint placement rich",
-    "": "errors config params outputs llm",
-    "cli": "llm engine checkpoint models graph placement backends runner typer rich",
+    "runner": "models backends checkpoint placement graph engine.step numpy llguidance",
+    "loader": "engine runner checkpoint placement",
+    "prompts": "checkpoint",
+    "llm": "loader prompts engine checkpoint placement rich",
+    "async_llm": "loader prompts engine checkpoint placement",
+    "": "errors config params outputs llm async_llm",
+    "cli": "llm engine checkpoint models graph placement backends runner typer rich matplotlib",
     "__main__": "cli",
 }
 

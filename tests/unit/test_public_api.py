@@ -43,7 +43,9 @@ def test_importing_the_llm_brings_no_torch_and_no_front_end() -> None:
 
 def test_the_engine_is_plain_python() -> None:
     modules = imported_by("import hexad.engine.engine")
-    engine = ("block_manager", "detokenizer", "engine", "request", "scheduler", "step")
+    engine = (
+        "beam", "block_manager", "detokenizer", "engine", "metrics", "pace", "request", "scheduler", "step",
+    )  # fmt: skip
     expected = {
         "checks",
         "config",

@@ -35,7 +35,11 @@ _HELP = '''\
 A space before / makes it part of a message.
 Ctrl-C during an answer stops the answer.'''
 
-_SETTABLE = [field.name for field in fields(SamplingParams) if field.name != "ignore_eos"]
+_SETTABLE = [
+    field.name
+    for field in fields(SamplingParams)
+    if field.type in ("float", "int", "int | None") and field.name != "n" and "logprob" not in field.name
+]
 
 
 def chat(model: str, system: str | None, params: SamplingParams, settings: Mapping[str, Any]) -> None:
@@ -69,6 +73,8 @@ class Conversation:
         self.llm = llm
         self.model = model
         self.params = params
+        # What was set by hand: greedy params forget top_k and the like, which a later temperature shall find.
+        self.chosen: dict[str, Any] = {}
         self.system = system
         self.messages: list[dict[str, str]] = []
         self.left = False
@@ -175,8 +181,10 @@ class Conversation:
         if name not in _SETTABLE:
             note(f"There is no parameter {name!r}; /set lists them.")
             return
-        self.params = replace(self.params, **{name: _parsed(value.strip())})
-        note(f"{name} = {getattr(self.params, name)}")
+        chosen = {**self.chosen, name: _parsed(value.strip())}
+        self.params = replace(self.params, **chosen)
+        self.chosen = chosen
+        note(f"{name} = {chosen[name]}")
 
     def _save(self, file: str) -> None:
         if not file:

@@ -6,18 +6,18 @@ import json
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from hexad.cli import note
-from hexad.errors import PromptError, TokenizerError
+from hexad.errors import BackendError, PromptError, TokenizerError
+from hexad.params import RequestOutputKind, SamplingParams
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from hexad.llm import LLM
     from hexad.outputs import FinishReason
-    from hexad.params import SamplingParams
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,16 +94,24 @@ def generate(
     show: Callable[[str], None],
     stopped: Callable[[], bool] = lambda: False,
 ) -> Answer:
-    """Generates one answer and passes its text to `show` as it grows; `stopped` is asked after each token."""
+    """Generates one answer and passes its text to `show` as it grows; `stopped` is asked after each token.
+
+    Raises BackendError if a step fails.
+    """
+    params = replace(params, output_kind=RequestOutputKind.DELTA)
     begin = first = last = time.perf_counter()
     text, tokens, finish_reason = "", 0, None
     for output in llm.stream({"prompt_token_ids": token_ids}, params):
         last = time.perf_counter()
         if not tokens:
             first = last
-        completion = output.outputs[0]
-        show(completion.text[len(text) :])
-        text, tokens, finish_reason = completion.text, len(completion.token_ids), completion.finish_reason
+        [completion] = output.outputs
+        show(completion.text)
+        text += completion.text
+        tokens += len(completion.token_ids)
+        finish_reason = completion.finish_reason
+        if finish_reason == "error":
+            raise BackendError(completion.error)
         if finish_reason is None and stopped():
             finish_reason = "abort"
             break
