@@ -220,33 +220,120 @@ bench = typer.Typer(no_args_is_help=True, help="Measure speed.")
 app.add_typer(bench, name="bench")
 
 
+InputLen = Annotated[int | None, typer.Option(min=1, help="Prompt tokens of each request.")]
+OutputLen = Annotated[int | None, typer.Option(min=1, help="Tokens generated for each request.")]
+WorkloadSeed = Annotated[int, typer.Option(help="Of the random tokens and lengths.")]
+MaxNumBatchedTokens = Annotated[int | None, typer.Option(help="Most tokens in one step.")]
+MaxStepMs = Annotated[float | None, typer.Option(help="Longest step while streams run, in ms.")]
+KVCacheGib = Annotated[float | None, typer.Option(help="Memory for the KV cache in GiB.")]
+JsonFile = Annotated[Path | None, typer.Option(help="Write the figures to this file, too; - is stdout.")]
+PlotFile = Annotated[Path | None, typer.Option(help="Draw them to this file (needs hexad\\[plot]).")]
+
+
 @bench.command()
-def latency(
+def throughput(
     model: ModelArgument = DEFAULT_MODEL,
-    input_len: Annotated[int, typer.Option(min=1, help="Prompt tokens of each sequence.")] = 512,
-    output_len: Annotated[int, typer.Option(min=2, help="Tokens generated for each sequence.")] = 128,
-    batch_size: Annotated[int, typer.Option(min=1, help="Sequences at once.")] = 1,
-    iters: Annotated[int, typer.Option(min=1, help="Measured runs.")] = 5,
-    warmup: Annotated[int, typer.Option(min=0, help="Runs before these.")] = 1,
-    json: Annotated[Path | None, typer.Option(help="Write the figures to this file, too.")] = None,
+    num_prompts: Annotated[
+        int | None, typer.Option(min=1, help="Requests, all at once; 64, or all of the dataset.")
+    ] = None,
+    input_len: InputLen = None,
+    output_len: OutputLen = None,
+    random_range_ratio: Annotated[
+        float, typer.Option(min=0, max=1, help="Draw lengths from ± this fraction of the two.")
+    ] = 0.0,
+    prefix_len: Annotated[
+        int, typer.Option(min=0, help="Tokens that all prompts begin with, before their own.")
+    ] = 0,
+    dataset: Annotated[
+        Path | None,
+        typer.Option(
+            help='Prompts instead: lines of text, or of JSON with "prompt" and perhaps "output_len".'
+        ),
+    ] = None,
+    seed: WorkloadSeed = 0,
+    json: JsonFile = None,
+    plot: PlotFile = None,
+    max_num_seqs: Annotated[int | None, typer.Option(help="Most sequences in one step.")] = None,
+    max_num_batched_tokens: MaxNumBatchedTokens = None,
+    max_step_ms: MaxStepMs = None,
+    kv_cache_gib: KVCacheGib = None,
+    prefix_caching: Annotated[bool, typer.Option(help="Whether requests share what is computed.")] = True,
     threads: Threads = None,
+    max_model_len: MaxModelLen = None,
     compute: Compute = "int8",
     kv_dtype: KVDtype = "auto",
 ) -> None:
-    """Time batches of random prompts: prefill, decode, first token, per token."""
-    from hexad.cli.bench import latency
+    """Time many requests at once: tokens a second, and how long each waits.
 
-    settings = _settings(threads, None, compute, kv_dtype)
-    latency(
-        model,
-        settings,
-        input_len,
-        output_len,
-        batch_size=batch_size,
-        iters=iters,
-        warmup=warmup,
-        json_file=json,
+    Lengths are 128 tokens in and 128 out, if left out.
+    """
+    from hexad.cli.bench import Output, throughput
+    from hexad.cli.bench_workload import Workload
+
+    workload = Workload(
+        num_prompts=num_prompts,
+        input_len=input_len,
+        output_len=output_len,
+        range_ratio=random_range_ratio,
+        prefix_len=prefix_len,
+        dataset=dataset,
+        seed=seed,
     )
+    settings = _bench_settings(
+        max_num_seqs,
+        max_num_batched_tokens,
+        max_step_ms=max_step_ms,
+        kv_cache_gib=kv_cache_gib,
+        enable_prefix_caching=prefix_caching,
+        **_settings(threads, max_model_len, compute, kv_dtype),
+    )
+    throughput(model, settings, workload, Output(json, plot))
+
+
+@bench.command()
+def latency(
+    model: ModelArgument = DEFAULT_MODEL,
+    input_len: InputLen = 32,
+    output_len: OutputLen = 128,
+    batch_size: Annotated[int, typer.Option(min=1, help="Requests at once.")] = 8,
+    iters: Annotated[int, typer.Option(min=1, help="Measured batches.")] = 10,
+    warmup: Annotated[int, typer.Option(min=0, help="Batches before these.")] = 2,
+    seed: WorkloadSeed = 0,
+    json: JsonFile = None,
+    plot: PlotFile = None,
+    max_num_batched_tokens: MaxNumBatchedTokens = None,
+    max_step_ms: MaxStepMs = None,
+    kv_cache_gib: KVCacheGib = None,
+    threads: Threads = None,
+    max_model_len: MaxModelLen = None,
+    compute: Compute = "int8",
+    kv_dtype: KVDtype = "auto",
+) -> None:
+    """Time batches of random prompts, one after another: whole, prefill, decode, per token."""
+    from hexad.cli.bench import Output, latency
+    from hexad.cli.bench_workload import Workload
+
+    workload = Workload(num_prompts=batch_size, input_len=input_len, output_len=output_len, seed=seed)
+    settings = _bench_settings(
+        max(batch_size, 64),
+        max_num_batched_tokens,
+        max_step_ms=max_step_ms,
+        kv_cache_gib=kv_cache_gib,
+        **_settings(threads, max_model_len, compute, kv_dtype),
+    )
+    latency(model, settings, workload, Output(json, plot), iters=iters, warmup=warmup)
+
+
+def _bench_settings(
+    max_num_seqs: int | None, max_num_batched_tokens: int | None, **settings: Any
+) -> dict[str, Any]:
+    """Settings with the two that bound each other; a step takes all sequences unless told otherwise."""
+    if max_num_seqs is not None:
+        settings["max_num_seqs"] = max_num_seqs
+        settings["max_num_batched_tokens"] = max(max_num_seqs, 512)
+    if max_num_batched_tokens is not None:
+        settings["max_num_batched_tokens"] = max_num_batched_tokens
+    return settings
 
 
 def _settings(threads: int | None, max_model_len: int | None, compute: str, kv_dtype: str) -> dict[str, Any]:

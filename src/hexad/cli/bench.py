@@ -3,148 +3,323 @@
 from __future__ import annotations
 
 import json
-import random
-import statistics
-import time
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+import platform
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
+from hexad.cli import bench_plot, note
+from hexad.cli.bench_run import Run, Spread, Work, decode_work, figures, prefill_work, run, work
+from hexad.cli.bench_workload import Job, Workload
 from hexad.errors import ConfigError
-from hexad.params import SamplingParams
 
 if TYPE_CHECKING:
-    from hexad.graph.cost import SpeedLimits
+    from hexad.graph.cost import StepNumbers
     from hexad.llm import LLM
+    from hexad.placement import Hardware
+
+STDOUT = Path("-")
+
+WARM_UP = Workload(num_prompts=2, input_len=64, output_len=8, seed=-1)
+"""What runs before a measured workload: buffers get their pages, and the engine learns its pace."""
 
 
 @dataclass(frozen=True, slots=True)
-class Timing:
-    """One batch, in seconds. first_tokens: from its start to the first token of each sequence, ascending.
-    steps: each step after the last of these, one token for each sequence."""
+class Output:
+    """Where the figures go, besides the table. json_file: "-" is stdout, and the table then goes to stderr.
 
-    first_tokens: list[float]
-    steps: list[float]
+    `check` raises ConfigError for what is not going to work, before it costs time.
+    """
+
+    json_file: Path | None = None
+    plot_file: Path | None = None
+
+    def check(self) -> None:
+        """Raises ConfigError."""
+        if self.plot_file is not None:
+            bench_plot.check()
+        for file in (self.json_file, self.plot_file):
+            if file not in (None, STDOUT) and not file.parent.is_dir():
+                raise ConfigError(f"{file} cannot be written: there is no folder {file.parent}.")
+
+    def write(self, record: Mapping[str, Any], runs: Sequence[Run], lines: Sequence[str]) -> None:
+        """Writes everything; the files first, in case stdout cannot take the table."""
+        text = json.dumps(record, indent=2)
+        if self.json_file is not None and self.json_file != STDOUT:
+            try:
+                self.json_file.write_text(text + "\n", encoding="utf-8")
+            except OSError as error:
+                raise ConfigError(
+                    f"The figures cannot be written to {self.json_file}: {error.strerror}."
+                ) from error
+        if self.plot_file is not None:
+            title, subtitle, *_ = lines
+            bench_plot.plot(runs, title, subtitle, self.plot_file)
+        stdout: TextIO = sys.stdout
+        if self.json_file == STDOUT:
+            print(text)
+            stdout = sys.stderr
+        print("\n".join(lines), file=stdout)
+
+
+def throughput(model: str, settings: Mapping[str, Any], workload: Workload, output: Output) -> None:
+    """Runs all jobs of a workload, which arrive at once, and prints how fast. settings: of EngineConfig.
+
+    Raises HexadErrors.
+    """
+    from hexad.llm import LLM
+
+    output.check()
+    with LLM(model, **settings) as llm:
+        jobs = workload.jobs(llm.get_tokenizer())
+        _check_context(llm, jobs)
+        note(f"running {len(jobs)} requests …")
+        run(llm.engine, WARM_UP.jobs(llm.get_tokenizer()))
+        llm.reset_prefix_cache()
+        done = run(llm.engine, jobs)
+        machine = Machine.of(llm)
+        config = llm.config
+    found = figures([done])
+    needed = work(
+        done, max_num_seqs=config.max_num_seqs, max_num_batched_tokens=config.max_num_batched_tokens
+    )
+    found["limit_output_tok_s"] = found["output_tokens"] / machine.least_seconds(needed)
+    found["limit_fraction"] = found["output_tok_s"] / found["limit_output_tok_s"]
+    lines = [
+        f"{model}: {len(jobs)} requests, {_lengths(jobs)}",
+        str(machine),
+        *_speeds(
+            found, ("output_tok_s", "limit_output_tok_s"), ("total_tok_s", None), ("requests_per_s", None)
+        ),
+        f"{'prefix cache':<16}{found['cached_tokens']:>10,} of {found['prompt_tokens']:,} prompt tokens",
+        f"{'preemptions':<16}{found['preemptions']:>10,}",
+        *_spreads(found),
+    ]
+    record = {
+        **_record("throughput", model, llm, machine),
+        "workload": {**asdict(workload), "dataset": workload.dataset and str(workload.dataset)},
+        "figures": found,
+        "requests": _requests(done),
+    }
+    output.write(record, [done], lines)
 
 
 def latency(
     model: str,
     settings: Mapping[str, Any],
-    input_len: int,
-    output_len: int,
+    workload: Workload,
+    output: Output,
     *,
-    batch_size: int,
     iters: int,
     warmup: int,
-    json_file: Path | None,
 ) -> None:
-    """Prints medians of `iters` batches of random token ids, and writes them to `json_file`.
-
-    Raises ConfigError if the batch cannot run all at once.
-    """
+    """Runs batches of workload.num_prompts jobs at once, each with tokens of its own, and prints how long
+    they take. Raises ConfigError if a batch cannot run all at once, and other HexadErrors."""
     from hexad.llm import LLM
 
-    max_num_seqs = max(batch_size, 64)
-    settings = {
-        **settings,
-        "max_num_seqs": max_num_seqs,
-        "max_num_batched_tokens": max(max_num_seqs, 512),
-    }
+    output.check()
     with LLM(model, **settings) as llm:
-        _check_fits(llm, batch_size, input_len + output_len)
-        timings = [
-            _time_batch(llm, batch_size, input_len, output_len, seed) for seed in range(warmup + iters)
+        batches = [
+            replace(workload, seed=workload.seed + i).jobs(llm.get_tokenizer()) for i in range(warmup + iters)
         ]
-        # The limits are of one sequence: a batch shares the reading of weights.
-        limits = _speed_limits(llm, input_len, output_len) if batch_size == 1 else None
-    figures = _figures(timings[warmup:], batch_size, input_len)
-    if limits is not None:
-        figures |= {"prefill_limit_tok_s": limits.prefill, "decode_limit_tok_s": limits.decode}
-    if json_file is not None:
-        setup = {"model": model, "input_len": input_len, "output_len": output_len, "batch_size": batch_size}
-        record = {**setup, **settings, **figures, "timings": [asdict(timing) for timing in timings[warmup:]]}
-        try:
-            json_file.write_text(json.dumps(record, indent=2) + "\n")
-        except OSError as error:
-            raise ConfigError(f"The figures cannot be written to {json_file}: {error.strerror}.") from error
-    _print(model, figures, batch_size, input_len, output_len, iters)
+        _check_context(llm, batches[0])
+        _check_blocks(llm, batches[0])
+        note(f"running {warmup} + {iters} batches …")
+        runs = [run(llm.engine, jobs) for jobs in batches][warmup:]
+        machine = Machine.of(llm)
+        config = llm.config
+    jobs = runs[0].jobs
+    prefill = prefill_work(jobs, max_num_batched_tokens=config.max_num_batched_tokens)
+    found = {
+        **figures(runs),
+        **{f"batch_{key}_s": value for key, value in Spread.of(r.seconds for r in runs)._asdict().items()},
+        "prefill_tok_s": _median(runs, lambda r: prefill.tokens / r.last_first_token),
+        "limit_prefill_tok_s": prefill.tokens / machine.least_seconds(prefill),
+    }
+    if jobs[0].output_len > 1:
+        decode = decode_work(jobs)
+        found["decode_tok_s"] = _median(runs, _decode_speed)
+        found["limit_decode_tok_s"] = decode.tokens / machine.least_seconds(decode)
+    lines = [
+        f"{model}: batches of {len(jobs)}, {_lengths(jobs)}, {iters} times",
+        str(machine),
+        *_speeds(found, ("prefill_tok_s", "limit_prefill_tok_s"), ("decode_tok_s", "limit_decode_tok_s")),
+        *_spreads(found, "batch"),
+    ]
+    record = {
+        **_record("latency", model, llm, machine),
+        "workload": {
+            "batch_size": len(jobs),
+            "input_len": workload.input_len,
+            "output_len": workload.output_len,
+            "iters": iters,
+            "warmup": warmup,
+            "seed": workload.seed,
+        },
+        "figures": found,
+        "batch_seconds": [r.seconds for r in runs],
+    }
+    output.write(record, runs, lines)
 
 
-def _check_fits(llm: LLM, batch_size: int, length: int) -> None:
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What ran the model, and what it could do at best. cost: of the model's steps."""
+
+    cpu: str
+    threads: int
+    hardware: Hardware
+    cost: StepNumbers
+
+    @classmethod
+    def of(cls, llm: LLM) -> Machine:
+        """Measures the machine, which takes a moment."""
+        from hexad.graph.cost import step_numbers
+        from hexad.placement import probe
+        from hexad.runner.executor import LocalExecutor
+
+        executor = llm.engine.executor
+        assert isinstance(executor, LocalExecutor)
+        graph = executor.runner.graph
+        cost = step_numbers(graph, graph.weights, kv_dtype=llm.config.resolved_kv_dtype)
+        hardware = probe(llm.config.threads, rates=True)
+        threads = min(llm.config.threads or hardware.cpus, hardware.cpus)
+        return cls(_cpu_name(), threads, hardware, cost)
+
+    def least_seconds(self, needed: Work) -> float:
+        """The least time that work takes here."""
+        bandwidth, int8_rate = self.hardware.bandwidth, self.hardware.int8_rate
+        assert bandwidth is not None
+        assert int8_rate is not None
+        return needed.seconds(self.cost, bandwidth=bandwidth, int8_rate=int8_rate)
+
+    def __str__(self) -> str:
+        threads = f"{self.threads} thread{'s' * (self.threads > 1)}"
+        return f"{self.cpu}, {threads}, {self.hardware.isa}; hexad {version('hexad')}"
+
+
+def _check_context(llm: LLM, jobs: Sequence[Job]) -> None:
+    """The engine would cut a generation off at the end of the context, and a benchmark would not notice."""
+    context = llm.plan.max_model_len
+    for i, (token_ids, output_len) in enumerate(jobs):
+        if len(token_ids) + output_len > context:
+            raise ConfigError(
+                f"Prompt {i} has {len(token_ids)} tokens, and {output_len} are to be generated, "
+                f"{len(token_ids) + output_len} in all; the context is {context} tokens. Lower --input-len "
+                "or --output-len, or raise --max-model-len if the model allows."
+            )
+
+
+def _check_blocks(llm: LLM, jobs: Sequence[Job]) -> None:
     """Sequences that wait for KV blocks would be measured as slow ones."""
     from hexad.engine.block_manager import blocks_for
 
-    needed, blocks = batch_size * blocks_for(length), llm.plan.kv_blocks
-    if length > llm.plan.max_model_len or needed > blocks:
+    needed = sum(blocks_for(len(job.token_ids) + job.output_len) for job in jobs)
+    if needed > llm.plan.kv_blocks:
         raise ConfigError(
-            f"{batch_size} × {length} tokens do not fit: the context is {llm.plan.max_model_len} tokens, and "
-            f"the batch needs {needed} KV cache blocks of {blocks}. "
-            "Lower --input-len, --output-len or --batch-size."
+            f"A batch of {len(jobs)} needs {needed} KV cache blocks to run all at once; there are "
+            f"{llm.plan.kv_blocks}. Lower --input-len, --output-len or --batch-size, or raise --kv-cache-gib."
         )
 
 
-def _time_batch(llm: LLM, batch_size: int, input_len: int, output_len: int, seed: int) -> Timing:
-    engine, rng = llm.engine, random.Random(seed)
-    params = SamplingParams(temperature=0, max_tokens=output_len, ignore_eos=True)
-    prompts = [rng.choices(range(engine.vocab_size), k=input_len) for _ in range(batch_size)]
-    begin = time.perf_counter()
-    for i, prompt in enumerate(prompts):
-        engine.add_request(f"bench-{i}", prompt, params)
-    started: set[str] = set()
-    first_tokens, steps = [], []
-    previous = begin
-    while engine.has_unfinished:
-        advanced = engine.step()
-        now = time.perf_counter()
-        if len(started) == batch_size:
-            steps.append(now - previous)
-        for request in advanced:
-            if request.request_id not in started:
-                started.add(request.request_id)
-                first_tokens.append(now - begin)
-        previous = now
-    return Timing(first_tokens, steps)
+def _decode_speed(done: Run) -> float:
+    """Tokens per second once all have their first."""
+    begin = done.last_first_token
+    return sum(step.drawn for step in done.steps if step.end > begin) / (done.seconds - begin)
 
 
-def _figures(timings: list[Timing], batch_size: int, input_len: int) -> dict[str, float]:
-    """Medians over the batches; of single tokens, the median and 99th percentile over all steps."""
-    steps = sorted(step for timing in timings for step in timing.steps)
+def _median(runs: Sequence[Run], value: Callable[[Run], float]) -> float:
+    return Spread.of(map(value, runs)).median
+
+
+def _requests(done: Run) -> list[dict[str, float]]:
+    return [
+        {
+            "prompt_tokens": len(job.token_ids),
+            "output_tokens": job.output_len,
+            "cached_tokens": cached,
+            "ttft_s": times[0],
+            "e2e_s": times[-1],
+        }
+        for job, cached, times in zip(done.jobs, done.cached, done.token_times, strict=True)
+    ]
+
+
+def _record(benchmark: str, model: str, llm: LLM, machine: Machine) -> dict[str, Any]:
+    hardware = machine.hardware
     return {
-        "prefill_tok_s": statistics.median(batch_size * input_len / t.first_tokens[-1] for t in timings),
-        "decode_tok_s": statistics.median(batch_size * len(t.steps) / sum(t.steps) for t in timings),
-        "ttft_s": statistics.median(first for t in timings for first in t.first_tokens),
-        "token_median_s": statistics.median(steps),
-        "token_p99_s": steps[round(0.99 * (len(steps) - 1))],
+        "benchmark": benchmark,
+        "model": model,
+        "versions": {
+            "hexad": version("hexad"),
+            "numpy": version("numpy"),
+            "python": platform.python_version(),
+        },
+        "machine": {
+            "cpu": machine.cpu,
+            "cpus": hardware.cpus,
+            "threads": machine.threads,
+            "isa": hardware.isa,
+            "bandwidth_bytes_s": hardware.bandwidth,
+            "int8_macs_s": hardware.int8_rate,
+            "system": platform.platform(),
+        },
+        "settings": {
+            **asdict(llm.config),
+            "max_model_len": llm.plan.max_model_len,
+            "kv_blocks": llm.plan.kv_blocks,
+            "kv_dtype": llm.config.resolved_kv_dtype,
+        },
     }
 
 
-def _speed_limits(llm: LLM, input_len: int, output_len: int) -> SpeedLimits:
-    """What this machine's bandwidth and int8 rate allow this graph, in the middle of the generation."""
-    from hexad.graph.cost import cost, limits
-    from hexad.placement.hardware import probe
-    from hexad.runner.executor import LocalExecutor
-
-    executor = llm.engine.executor
-    assert isinstance(executor, LocalExecutor)
-    graph, kv_dtype = executor.runner.graph, llm.config.resolved_kv_dtype
-    decode = cost(graph, graph.weights, rows=1, context=input_len + output_len // 2, kv_dtype=kv_dtype)
-    prefill = cost(graph, graph.weights, rows=input_len, context=input_len, kv_dtype=kv_dtype)
-    machine = probe(llm.config.threads, rates=True)
-    assert machine.bandwidth is not None
-    assert machine.int8_rate is not None
-    return limits(decode, prefill, prompt=input_len, bandwidth=machine.bandwidth, int8_rate=machine.int8_rate)
+_NAMES = {
+    "output_tok_s": "output tok/s",
+    "total_tok_s": "total tok/s",
+    "requests_per_s": "requests/s",
+    "prefill_tok_s": "prefill tok/s",
+    "decode_tok_s": "decode tok/s",
+}
 
 
-def _print(
-    model: str, figures: Mapping[str, float], batch_size: int, input_len: int, output_len: int, iters: int
-) -> None:
-    print(f"{model}: {batch_size} × ({input_len} tokens in, {output_len} out), medians of {iters}")
-    for phase in ("prefill", "decode"):
-        line = f"{phase:<12}{figures[f'{phase}_tok_s']:>10,.1f} tok/s"
-        if limit := figures.get(f"{phase}_limit_tok_s"):
-            line += f"  {figures[f'{phase}_tok_s'] / limit:.0%} of this machine's limit of {limit:,.0f}"
-        print(line)
-    print(f"{'first token':<12}{figures['ttft_s'] * 1e3:>10,.1f} ms")
-    median, p99 = figures["token_median_s"] * 1e3, figures["token_p99_s"] * 1e3
-    print(f"{'per token':<12}{median:>10,.2f} ms     99th percentile {p99:,.2f} ms")
+def _speeds(found: Mapping[str, float], *pairs: tuple[str, str | None]) -> list[str]:
+    lines = []
+    for key, limit in pairs:
+        if key in found:
+            line = f"{_NAMES[key]:<16}{found[key]:>10,.{2 if found[key] < 100 else 0}f}"
+            if limit is not None:
+                line += f"  {found[key] / found[limit]:.0%} of this machine's limit of {found[limit]:,.0f}"
+            lines.append(line)
+    return lines
+
+
+def _spreads(found: Mapping[str, float], *first: str) -> list[str]:
+    lines = ["", f"{'ms':<16}{'mean':>10}{'median':>10}{'p99':>10}"]
+    for name in (*first, "ttft", "tpot", "itl", "e2e"):
+        if f"{name}_mean_s" in found:
+            ms = (1000 * found[f"{name}_{key}_s"] for key in Spread._fields)
+            title = name if name in first else name.upper()
+            lines.append(f"{title:<16}" + "".join(f"{v:>10,.{2 if v < 100 else 0}f}" for v in ms))
+    return lines
+
+
+def _lengths(jobs: Sequence[Job]) -> str:
+    """ "112–143 tokens in, 128 out"."""
+    ranges = []
+    for lengths in ([len(job.token_ids) for job in jobs], [job.output_len for job in jobs]):
+        low, high = min(lengths), max(lengths)
+        ranges.append(f"{low:,}" if low == high else f"{low:,}–{high:,}")
+    return "{} tokens in, {} out".format(*ranges)
+
+
+def _cpu_name() -> str:
+    """The processor's name; on Linux the kernel's, which Python does not pass on."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())

@@ -1,0 +1,99 @@
+"""The picture of `hexad bench --plot`: speed over time, and how first tokens and gaps are distributed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hexad.cli.bench_run import Run, Spread, latencies
+from hexad.errors import ConfigError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+BINS = 60
+"""Points in time of the upper picture."""
+
+OUTPUT, PROMPT, MARK = "#1f6fb4", "#c8ccd2", "#c4432b"
+
+
+def check() -> None:
+    """Raises ConfigError if nothing can be drawn here."""
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError as error:
+        raise ConfigError(
+            "--plot needs matplotlib, which is not installed: pip install 'hexad[plot]'."
+        ) from error
+
+
+def plot(runs: Sequence[Run], title: str, subtitle: str, path: Path) -> None:
+    """Writes the picture, in the format that the path's ending names. Of several runs the upper part shows
+    the last. Raises ConfigError where it cannot be written."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 7), dpi=150, layout="constrained")
+    figure.suptitle(title, fontsize=13, fontweight="bold", parse_math=False)
+    axes = figure.subplot_mosaic([["speed", "speed"], ["ttft", "itl"]])
+    axes["speed"].set_title(subtitle, fontsize=10, color="#50565e", parse_math=False)
+    _draw_speed(axes["speed"], runs[-1])
+    seconds = latencies(runs)
+    _draw_distribution(axes["ttft"], seconds["ttft"], "time to first token, ms", "requests")
+    _draw_distribution(axes["itl"], seconds["itl"], "time between two tokens, ms", "tokens")
+    try:
+        figure.savefig(path)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"The picture cannot be written to {path}: {error}") from error
+
+
+def _draw_speed(axes: Axes, run: Run) -> None:
+    width = run.seconds / BINS
+    output, prompt = [0.0] * BINS, [0.0] * BINS
+    firsts: dict[float, int] = {}
+    for times in run.token_times:
+        firsts[times[0]] = firsts.get(times[0], 0) + 1
+    begin = 0.0
+    for step in run.steps:
+        # A stream computes a token for each that it draws; all else is of prompts.
+        of_prompts = step.computed - (step.drawn - firsts.get(step.end, 0))
+        _spread(output, begin / width, step.end / width, step.drawn)
+        _spread(prompt, begin / width, step.end / width, of_prompts)
+        begin = step.end
+    edges = [i * width for i in range(BINS + 1)]
+    total = [(a + b) / width for a, b in zip(output, prompt, strict=True)]
+    axes.stairs(total, edges, baseline=[a / width for a in output], fill=True, color=PROMPT, label="prompt")
+    axes.stairs([a / width for a in output], edges, fill=True, color=OUTPUT, label="output")
+    axes.set(xlabel="seconds", ylabel="tokens/s", xlim=(0, run.seconds), ylim=(0, 1.15 * max(total)))
+    axes.legend(frameon=False, loc="upper right", ncols=2)
+    _plain_frame(axes)
+
+
+def _spread(bins: list[float], begin: float, end: float, amount: float) -> None:
+    """Shares an amount among the bins between two points in time, which are counted in bins."""
+    for i in range(int(begin), min(int(end), len(bins) - 1) + 1):
+        bins[i] += amount * (min(end, i + 1) - max(begin, i)) / (end - begin)
+
+
+def _draw_distribution(axes: Axes, seconds: Sequence[float], label: str, of_what: str) -> None:
+    """The share of values up to each value: unlike a histogram's, its shape depends on no width of bins."""
+    axes.set(xlabel=label, ylabel=f"share of {of_what}", ylim=(0, 1.02))
+    axes.yaxis.set_major_formatter(lambda share, place: f"{share:.0%}")
+    _plain_frame(axes)
+    if not seconds:
+        return
+    ms = [1000 * value for value in seconds]
+    axes.ecdf(ms, color=OUTPUT, linewidth=2)
+    _, median, p99 = Spread.of(ms)
+    for value, share, name in ((median, 0.5, "median"), (p99, 0.99, "p99")):
+        axes.plot([value], [share], "o", color=MARK, markersize=5, zorder=3)
+        text = f"{name} {value:,.{1 if value < 100 else 0}f} ms"
+        axes.annotate(text, (value, share), (8, -12), textcoords="offset points", color=MARK)
+    # A few stragglers shall not squeeze all others into a corner; the words need room, too.
+    axes.set_xlim(0, min(1.05 * max(ms), 2 * p99 - min(ms)) + 0.25 * p99)
+
+
+def _plain_frame(axes: Axes) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="both", color="#e8eaed", linewidth=0.8)
+    axes.set_axisbelow(True)
