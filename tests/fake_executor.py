@@ -108,8 +108,10 @@ class FakeExecutor:
         assert not self.asleep
         for sequence_id in step.finished:
             del self.specs[sequence_id]
+        named = {*step.sequence_ids, *(i for draws in step.draws for i in draws)}
         for spec in step.new:
             assert spec.sequence_id not in self.specs
+            assert spec.sequence_id in named, "a failing step would lose a sequence it does not name"
             self.specs[spec.sequence_id] = spec
         if self.fail_next:
             self.fail_next = False

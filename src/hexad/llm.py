@@ -60,7 +60,8 @@ class LLM:
     and those of vLLM's arguments that ask for nothing hexad does not do.
 
     Raises ConfigError, ModelNotFoundError, CheckpointError, and before loading anything
-    InsufficientMemoryError. An LLM is a context manager and belongs to one thread. Every call that takes
+    InsufficientMemoryError. An LLM is a context manager. Threads that share one take turns, call by call: for
+    many requests at once give them in one call, or use AsyncLLM. Every call that takes
     prompts raises PromptError or ParamsError before anything runs if any of them is refused; where it is
     interrupted, its requests are aborted. Its results are in the order of the prompts.
     """
@@ -81,6 +82,7 @@ class LLM:
         self._prompts = PromptReader(self._loaded.tokenizer)
         self._request_ids = map(str, itertools.count())
         self._state: Literal["ready", "asleep", "closed"] = "ready"
+        self._turn = threading.RLock()  # one thread at a time drives the engine
 
     def generate(
         self,
@@ -154,19 +156,24 @@ class LLM:
         Raises PromptError and ParamsError at the first `next`.
         """
         [params] = _one_each("sampling_params", SamplingParams, sampling_params, 1, self._default_params)
-        request = self._submit(self._prompts.read(prompt), params)
+        read = self._prompts.read(prompt)
+        with self._turn:
+            request = self._submit(read, params)
         delta = params.output_kind is RequestOutputKind.DELTA
         final_only = params.output_kind is RequestOutputKind.FINAL_ONLY
         try:
             seen, finished = 0, False
             while not finished:
-                self._check_ready()
-                while not request.finished and (final_only or request.num_generated == seen):
-                    self._step()
-                seen, finished = request.num_generated, request.finished
-                yield request.output(delta)
+                with self._turn:
+                    self._check_ready()
+                    while not request.finished and (final_only or request.num_generated == seen):
+                        self._step()
+                    seen, finished = request.num_generated, request.finished
+                    output = request.output(delta)
+                yield output
         finally:
-            self.engine.abort(request.request_id)
+            with self._turn:
+                self.engine.abort(request.request_id)
 
     def beam_search(
         self, prompts: Prompt | Sequence[Prompt], params: BeamSearchParams, *, use_tqdm: bool = False
@@ -220,7 +227,8 @@ class LLM:
     def reset_prefix_cache(self) -> bool:
         """Forgets all cached prefixes. Returns True: requests that run keep their blocks and hinder
         nothing."""
-        self.engine.reset_prefix_cache()
+        with self._turn:
+            self.engine.reset_prefix_cache()
         return True
 
     def sleep(self, level: int = 1) -> None:
@@ -228,28 +236,31 @@ class LLM:
         file again. Raises EngineError while a stream is open."""
         if level not in (1, 2):
             raise ConfigError(f"level must be 1 or 2, not {shown(level)}.")
-        self._check_ready()
-        if self.engine.has_unfinished:
-            raise EngineError(
-                "The model cannot sleep while a stream is open; read it to its end or close it."
-            )
-        self.engine.reset_prefix_cache()
-        self.engine.executor.sleep()
-        self._state = "asleep"
+        with self._turn:
+            self._check_ready()
+            if self.engine.has_unfinished:
+                raise EngineError(
+                    "The model cannot sleep while a stream is open; read it to its end or close it."
+                )
+            self.engine.reset_prefix_cache()
+            self.engine.executor.sleep()
+            self._state = "asleep"
 
     def wake_up(self) -> None:
         """Loads the model again after `sleep`. Raises InsufficientMemoryError if the memory is no longer
         free."""
-        if self._state == "asleep":
-            self.engine.executor.wake()
-            self._state = "ready"
-        self._check_ready()
+        with self._turn:
+            if self._state == "asleep":
+                self.engine.executor.wake()
+                self._state = "ready"
+            self._check_ready()
 
     def close(self) -> None:
         """Aborts what runs and frees the model. It can be called twice; what needs the model fails from now
         on."""
-        self._state = "closed"
-        self._loaded.close()
+        with self._turn:
+            self._state = "closed"
+            self._loaded.close()
 
     def __enter__(self) -> LLM:
         return self
@@ -270,22 +281,23 @@ class LLM:
     ) -> list[Request]:
         """Submits all, steps until all have ended, and returns them in the same order."""
         requests: dict[str, Request] = {}
-        try:
-            for i, (prompt, param) in enumerate(zip(prompts, params, strict=True)):
-                with naming_prompt(i, len(prompts)):
-                    priority = priorities[i] if priorities else 0
-                    request = self._submit(prompt, param, priority, generate=generate, watched=False)
-                requests[request.request_id] = request
-            left = len(requests)
-            with _progress(left, show_progress) as report:
-                while left:
-                    advanced = [r for r in self._step() if r.request_id in requests]
-                    left -= sum(r.finished for r in advanced)
-                    report(advanced)
-        finally:
-            for request_id in requests:
-                self.engine.abort(request_id)
-        return list(requests.values())
+        with self._turn:
+            try:
+                for i, (prompt, param) in enumerate(zip(prompts, params, strict=True)):
+                    with naming_prompt(i, len(prompts)):
+                        priority = priorities[i] if priorities else 0
+                        request = self._submit(prompt, param, priority, generate=generate, watched=False)
+                    requests[request.request_id] = request
+                left = len(requests)
+                with _progress(left, show_progress) as report:
+                    while left:
+                        advanced = [r for r in self._step() if r.request_id in requests]
+                        left -= sum(r.finished for r in advanced)
+                        report(advanced)
+            finally:
+                for request_id in requests:
+                    self.engine.abort(request_id)
+            return list(requests.values())
 
     def _submit(
         self,

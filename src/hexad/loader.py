@@ -57,7 +57,7 @@ _NOTHING_TO_DO: Mapping[str, tuple[object, ...] | None] = {
     "tokenizer": (None,),
     "tokenizer_mode": ("auto",),
     "tokenizer_revision": (None,),
-    "trust_remote_code": (False,),
+    "trust_remote_code": None,
 }
 
 

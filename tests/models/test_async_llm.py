@@ -182,3 +182,15 @@ asyncio.run(main())
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "1\n", "")
+
+
+def test_wrong_arguments_are_refused_and_disturb_nobody(llm: AsyncLLM) -> None:
+    async def run() -> list[RequestOutput]:
+        good = [asyncio.create_task(whole(llm, prompt, GREEDY)) for prompt in PROMPTS[:3]]
+        for wrong in ({"priority": "x"}, {"request_id": 7}, {"sampling_params": {"temperature": 0}}):
+            with pytest.raises(ParamsError):
+                async for _ in llm.generate("hello", **wrong):
+                    pass
+        return await asyncio.gather(*good)
+
+    assert [output.outputs[0].finish_reason for output in asyncio.run(run())] == ["length"] * 3

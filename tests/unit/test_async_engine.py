@@ -6,12 +6,14 @@ import asyncio
 import contextlib
 import gc
 import random
+import threading
 import time
 from typing import Any
 
 import pytest
 from tests.fake_executor import FORBIDDEN_SEED, text_of
 from tests.gated_engine import (
+    PATIENCE,
     VOCAB,
     alone,
     final,
@@ -210,6 +212,36 @@ async def test_who_leaves_a_stream_cancels_its_request(way: str) -> None:
         assert len(model.executor.steps) < 500
         success = {m.labels["finished_reason"]: m.value for m in engine.get_metrics() if m.labels}
         assert success["abort"] == 1
+
+
+@in_event_loop
+async def test_a_cancel_does_not_reach_the_next_request_of_the_same_id() -> None:
+    model = make_engine()
+    async with running(model) as engine:
+        submitted, deliver = threading.Event(), engine._deliver
+
+        def deliver_and_wait(requests: Any) -> None:
+            deliver(requests)
+            submitted.wait(PATIENCE)
+
+        engine._deliver = deliver_and_wait  # type: ignore[method-assign]
+        model.executor.hold()
+        first = engine.submit("r", [2], params_of(1, 1))
+        await model.executor.held()
+        engine.cancel("r")
+        model.executor.go()
+        assert (await final(first)).outputs[0].finish_reason == "length"
+        second = engine.submit("r", [3], params_of(2, 20))
+        submitted.set()
+        assert (await final(second)).outputs[0].token_ids == alone([3], 2, 20)
+
+
+@in_event_loop
+async def test_a_priority_that_cannot_be_compared_is_refused() -> None:
+    async with running(make_engine(scheduling_policy="priority")) as engine:
+        with pytest.raises(ParamsError, match="priority must be an integer, not 'high'"):
+            engine.submit("r", [2], params_of(1, 1), priority="high")  # type: ignore[arg-type]
+        assert (await final(engine.submit("r", [2], params_of(1, 1)))).finished
 
 
 async def in_step_of(engine: AsyncEngine, model: Engine) -> None:

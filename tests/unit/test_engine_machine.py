@@ -17,6 +17,7 @@ from hexad.config import BLOCK_TOKENS, EngineConfig
 from hexad.engine.beam import BeamSearch
 from hexad.engine.engine import Engine
 from hexad.engine.request import Request, Status
+from hexad.engine.step import ScheduledStep, StepResult
 from hexad.outputs import BeamSearchSequence
 from hexad.params import BeamSearchParams, PoolingParams, SamplingParams
 
@@ -111,11 +112,10 @@ class EngineMachine(RuleBasedStateMachine):
         params = SamplingParams(n=n, seed=seed, max_tokens=max_tokens, ignore_eos=ignore_eos)
         self.add(prompt, params, cache_salt=salt, priority=priority)
 
-    @rule(prompt=PROMPTS, generate=st.booleans())
-    def report_logprobs(self, prompt: list[int], generate: bool) -> None:
-        self.add(
-            prompt, SamplingParams(seed=1, max_tokens=5, logprobs=2, prompt_logprobs=0), generate=generate
-        )
+    @rule(prompt=PROMPTS, n=st.integers(1, 3), generate=st.booleans())
+    def report_logprobs(self, prompt: list[int], n: int, generate: bool) -> None:
+        params = SamplingParams(n=n, seed=1, max_tokens=5, logprobs=2, prompt_logprobs=0)
+        self.add(prompt, params, generate=generate)
 
     @rule(prompt=PROMPTS)
     def embed(self, prompt: list[int]) -> None:
@@ -238,20 +238,24 @@ TestEngineMachine.settings = settings(
 )
 
 
+def make_engine(executor: FakeExecutor, **config: Any) -> Engine:
+    return Engine(
+        executor,
+        EngineConfig(**config),
+        max_model_len=4096,
+        kv_blocks=executor.kv_blocks,
+        vocab_size=VOCAB,
+        eos_ids=frozenset({EOS}),
+        new_stream=lambda params: FakeStream(),
+        token_text=lambda token_id: f"<{token_id}>",
+    )
+
+
 @pytest.mark.parametrize("kv_blocks", [3, 4, 5])
 @pytest.mark.parametrize("length", [5, 31, 32, 40])
 def test_sequences_of_a_prompt_that_has_to_be_computed_again(kv_blocks: int, length: int) -> None:
     executor = FakeExecutor(kv_blocks=kv_blocks, vocab_size=VOCAB, keep=False)
-    engine = Engine(
-        executor,
-        EngineConfig(max_num_seqs=5, max_num_batched_tokens=64, enable_prefix_caching=False),
-        max_model_len=96,
-        kv_blocks=kv_blocks,
-        vocab_size=VOCAB,
-        eos_ids=frozenset({EOS}),
-        new_stream=lambda params: FakeStream(),
-        token_text=str,
-    )
+    engine = make_engine(executor, max_num_seqs=5, max_num_batched_tokens=64, enable_prefix_caching=False)
     engine.add_request("first", [1] * 10, SamplingParams(seed=1, max_tokens=50, ignore_eos=True))
     request = engine.add_request(
         "many", [2] * length, SamplingParams(n=7, seed=1, max_tokens=40, ignore_eos=True)
@@ -272,3 +276,59 @@ def test_sequences_of_a_prompt_that_has_to_be_computed_again(kv_blocks: int, len
         )
         assert (completion.token_ids, completion.finish_reason) == expected
     assert engine.blocks.num_allocated == 0
+
+
+class BrokenPrompts(FakeExecutor):
+    """Every prompt that is reported on has an error in its first step."""
+
+    def execute(self, step: ScheduledStep) -> StepResult:
+        result = super().execute(step)
+        result.errors |= dict.fromkeys(result.prompt_logprobs, "broken")
+        return result
+
+
+def test_a_prompt_that_breaks_ends_all_that_would_have_grown_from_it() -> None:
+    executor = BrokenPrompts(kv_blocks=20, vocab_size=VOCAB)
+    engine = make_engine(executor, max_num_seqs=4, max_num_batched_tokens=16)
+    request = engine.add_request("a", [1] * 40, SamplingParams(n=3, max_tokens=5, prompt_logprobs=0))
+    assert engine.step() == [request]
+    assert request.finished
+    assert not engine.has_unfinished
+    assert {(o.finish_reason, o.error) for o in request.output().outputs} == {("error", "broken")}
+
+
+def test_a_draw_that_fails_has_no_logprobs() -> None:
+    executor = FakeExecutor(kv_blocks=20, vocab_size=VOCAB)
+    engine = make_engine(executor)
+    request = engine.add_request("a", [1] * 40, SamplingParams(max_tokens=5, ignore_eos=True, logprobs=1))
+    engine.step()
+    executor.broken = {0}
+    engine.step()
+    (completion,) = request.output().outputs
+    assert completion.finish_reason == "error"
+    assert completion.logprobs is not None
+    assert len(completion.token_ids) == len(completion.logprobs) == 1
+    assert completion.cumulative_logprob == completion.logprobs[0][completion.token_ids[0]].logprob
+
+
+def test_streams_leave_a_prompt_that_goes_before_them_its_blocks() -> None:
+    executor = FakeExecutor(kv_blocks=100, vocab_size=VOCAB, keep=False)
+    engine = make_engine(
+        executor,
+        max_num_seqs=17,
+        max_num_batched_tokens=33,
+        scheduling_policy="priority",
+        enable_prefix_caching=False,
+    )
+    for i in range(16):
+        params = SamplingParams(max_tokens=900, ignore_eos=True, seed=1)
+        engine.add_request(str(i), [1] * 24, params, priority=1)
+    for _ in range(20):
+        engine.step()
+    urgent = engine.add_request("urgent", [2] * 2048, SamplingParams(max_tokens=1, ignore_eos=True))
+    computed = 0
+    while not urgent.finished:
+        engine.step()
+        assert urgent.sequences[0].num_computed > computed
+        computed = urgent.sequences[0].num_computed
+    assert engine.scheduler.num_preemptions > 0

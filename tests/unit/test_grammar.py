@@ -218,6 +218,11 @@ CASES: dict[str, tuple[dict[str, Any], list[str], list[str]]] = {
         ['{"a": tru}', '{"a" 1}', '"\n"', '"\\x"', "01", "[1,]", '"a'],
     ),
     "lark": ({"grammar": LARK}, ["hello,a!", "bye,a,bc!"], ["hello!", "hello,a", "hi,a!", "hello,A!"]),
+    "structures, typed": (
+        {"structural_tag": json.dumps({"type": "structural_tag", **json.loads(STRUCTURES)})},
+        ["x<f=a>3</f>", "x"],
+        ["<f=a>x</f>"],
+    ),
     "structures": (
         {"structural_tag": STRUCTURES},
         ["", "hello", "<f=a>3</f>", 'so: <f=b>"x"</f> and <f=a>0</f>.', "<f", "</f>"],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -200,3 +201,15 @@ def test_smollm2_prefers_sense_to_nonsense(smollm2: LLM) -> None:
         for output in smollm2.embed(["The cat sleeps.", "A kitten naps.", "Interest rates rose."])
     )
     assert np.dot(cat, kitten) > np.dot(cat, rates)
+
+
+def test_threads_take_turns(llm: LLM) -> None:
+    prompts = ["abc", "d" * 40, "efgh", "i"]
+    alone = [llm.generate(prompt, GREEDY)[0].outputs for prompt in prompts]
+
+    def both_ways(prompt: str) -> tuple[object, object]:
+        *_, last = llm.stream(prompt, GREEDY)
+        return last.outputs, llm.generate(prompt, GREEDY)[0].outputs
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(both_ways, prompts)) == [(outputs, outputs) for outputs in alone]

@@ -132,7 +132,7 @@ def test_a_vllm_script_need_not_drop_arguments_that_ask_for_nothing(checkpoints:
         "dtype": "auto",
         "gpu_memory_utilization": 0.9,
         "enforce_eager": True,
-        "trust_remote_code": False,
+        "trust_remote_code": True,
         "swap_space": 4,
         "tokenizer": None,
         "quantization": None,
@@ -150,7 +150,6 @@ def test_a_vllm_script_need_not_drop_arguments_that_ask_for_nothing(checkpoints:
     [
         ({"tensor_parallel_size": 2}, r"tensor_parallel_size=2 asks for something .* or give 1\."),
         ({"dtype": "bfloat16"}, "dtype='bfloat16' .* give 'auto' or 'float' or 'float32'"),
-        ({"trust_remote_code": True}, "trust_remote_code=True"),
         ({"tokenizer": "other/model"}, "tokenizer='other/model'"),
         ({"block_size": 16}, "block_size=16"),
         ({"enable_chunked_prefill": False}, "enable_chunked_prefill=False"),

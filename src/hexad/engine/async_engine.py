@@ -16,10 +16,11 @@ from queue import SimpleQueue
 from typing import TypeVar
 from weakref import WeakValueDictionary
 
+from hexad.checks import check_integer
 from hexad.engine.engine import Engine
 from hexad.engine.metrics import Metric
 from hexad.engine.request import Request
-from hexad.errors import BackendError, EngineError
+from hexad.errors import BackendError, EngineError, ParamsError
 from hexad.outputs import (
     BeamSearchOutput,
     CompletionOutput,
@@ -91,6 +92,7 @@ class AsyncEngine:
         """
         arrival_time = time.monotonic()
         loop = asyncio.get_running_loop()
+        check_integer(ParamsError, "priority", priority, "an integer", lambda _: True)
         if not checked:
             self.check(prompt_token_ids, params, generate=generate)
         with self._taking_on():
@@ -207,8 +209,8 @@ class AsyncEngine:
     def _cancel(self, slot: _Slot | None) -> None:
         if slot is not None and self._slots.get(slot.request_id) is slot:
             request = self._engine.abort(slot.request_id)
-            assert request is not None
-            self._deliver([request])
+            if request is not None:  # else it is yet to be added: another of this id was to be cancelled
+                self._deliver([request])
 
     def _sleep(self) -> None:
         if self._asleep:

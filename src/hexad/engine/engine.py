@@ -289,14 +289,16 @@ class Engine:
         for sequence in drawn:
             if sequence.status is Status.FINISHED:  # a beam whose search ended with its sibling's turn
                 continue
-            if sequence.logprobs is not None and sequence.sequence_id in result.logprobs:
+            if sequence.logprobs is not None and len(sequence.logprobs) < sequence.num_generated:
                 detokenize = sequence.detokenizer is not None
                 sequence.report(
                     result.logprobs[sequence.sequence_id], self._token_text if detokenize else None
                 )
             if errors and (error := errors.get(sequence.sequence_id)) is not None:
-                if sequence.request.search is not None:  # which cannot do without any of its beams
-                    self._end(sequence.request, "error", now, error)
+                # A search cannot do without any of its beams, nor can n sequences begin without the first.
+                request = sequence.request
+                if request.search is not None or request.num_started == 1:
+                    self._end(request, "error", now, error)
                     continue
                 sequence.error, sequence.finish_reason = error, "error"
             if sequence.finish_reason is not None:

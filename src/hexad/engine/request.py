@@ -212,8 +212,9 @@ class Request:
         self.reports_logprobs = False
         self.prompt_logprobs: list[PositionLogprobs | None] | None = None
         if isinstance(params, SamplingParams):
-            self.watched = watched and params.output_kind is not RequestOutputKind.FINAL_ONLY
-            self.n = params.n
+            final_only = search is not None or params.output_kind is RequestOutputKind.FINAL_ONLY
+            self.watched = watched and not final_only
+            self.n = params.n if generate else 1
             self.min_len += params.min_tokens
             self.eos_ids = frozenset() if params.ignore_eos else eos_ids
             self.stop_ids = self.eos_ids.union(params.stop_token_ids or ())

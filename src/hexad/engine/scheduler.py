@@ -10,6 +10,7 @@ from __future__ import annotations
 from bisect import insort
 from collections.abc import Callable
 from heapq import heapify, heappop, heappush
+from itertools import chain
 
 from hexad.config import BLOCK_TOKENS
 from hexad.engine.block_manager import BlockManager, blocks_for
@@ -50,9 +51,8 @@ class Scheduler:
         self.num_waiting = 0
         self.num_preemptions = 0
         self.prefix_queries = self.prefix_hits = 0  # prompt tokens looked up in the prefix cache, and found
-        self._waiting: list[
-            tuple[tuple[int, ...], Sequence]
-        ] = []  # a heap; finished ones drop out at the top
+        # A heap; finished ones drop out at the top.
+        self._waiting: list[tuple[tuple[int, ...], Sequence]] = []
         self._new_sequence = new_sequence
         self._new: dict[int, SequenceSpec] = {}  # by sequence id, those that the runner has yet to be told of
         self._forget: list[int] = []
@@ -77,7 +77,9 @@ class Scheduler:
             # Prompts that hold each other's last blocks, or beams waiting for siblings that find no room.
             self._preempt()
             step = self._schedule(now)
-        step.new, self._new = list(self._new.values()), {}
+        if self._new:  # one that was admitted may have got no tokens yet
+            named = {*step.sequence_ids, *chain.from_iterable(step.draws)}
+            step.new = [self._new.pop(i) for i in list(self._new) if i in named]
         step.finished, self._forget = self._forget, []
         return step
 
@@ -143,7 +145,7 @@ class Scheduler:
         running, preemptions = self.running, self.num_preemptions
         scheduled = self.scheduled = list[Sequence]()
         prompts: list[Sequence] = []
-        positions = i = 0
+        positions = owed = i = 0  # owed: blocks that prompts so far still need
         while i < len(running):  # it may lose sequences from its end
             sequence = running[i]
             i += 1
@@ -152,8 +154,9 @@ class Scheduler:
             if start + 1 != len(token_ids) or start < sequence.num_prompt:
                 if start < len(token_ids):
                     prompts.append(sequence)
+                    owed += blocks_for(len(token_ids)) - len(sequence.block_table) + sequence.shares
                 continue
-            if (sequence.shares or not start % BLOCK_TOKENS) and not self._make_room(sequence, step):
+            if (sequence.shares or not start % BLOCK_TOKENS) and not self._make_room(sequence, step, owed):
                 break
             positions += start
             step.sequence_ids.append(sequence.sequence_id)
@@ -214,9 +217,8 @@ class Scheduler:
         siblings = []
         for _ in range(min(request.n - 1, self.max_num_seqs - len(self.running), self._left)):
             sibling = self._new_sequence(request)
-            sibling.num_computed = (
-                request.num_prompt
-            )  # nothing to compute until the step has brought its token
+            # Nothing to compute until the step has brought its token.
+            sibling.num_computed = request.num_prompt
             self._run(sibling)
             siblings.append(sibling.sequence_id)
         self._left -= len(siblings)
@@ -247,7 +249,7 @@ class Scheduler:
         heappop(self._waiting)
         self.num_waiting -= 1
         self._run(sequence)
-        if sequence.index:
+        if sequence.index and sequence.index + 1 == request.num_started:  # not one that was preempted
             self._queue_next(request)
         elif request.metrics.first_scheduled_time is None:
             request.metrics.first_scheduled_time = now
@@ -278,11 +280,12 @@ class Scheduler:
             sequence.num_published = len(found)
             sequence.num_computed = len(found) * BLOCK_TOKENS
 
-    def _make_room(self, sequence: Sequence, step: ScheduledStep) -> bool:
-        """Gives a stream the block that its next token goes to. False if it had to give up its own."""
+    def _make_room(self, sequence: Sequence, step: ScheduledStep, owed: int) -> bool:
+        """Gives a stream the block that its next token goes to, if there are more than `owed` to prompts that
+        go before it. False if it had to give up its own."""
         index, slot = divmod(sequence.num_computed, BLOCK_TOKENS)
         table, blocks = sequence.block_table, self.blocks
-        while not blocks.num_free and (not slot or (sequence.shares and blocks.is_shared(table[index]))):
+        while blocks.num_free <= owed and (not slot or (sequence.shares and blocks.is_shared(table[index]))):
             if self._preempt() is sequence:
                 return False
         if slot and blocks.is_shared(table[index]):

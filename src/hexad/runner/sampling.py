@@ -208,8 +208,6 @@ class Sampler:
             if i in reported:
                 state.reports = range(rows.positions[i] + 1, state.reports.stop)
             elif tokens[i] >= 0:
-                # Its prompt is behind it, perhaps computed, and reported on, by a sibling.
-                state.reports = range(0)
                 state.accept(tokens[i])
                 if state.mirostat:
                     self._table["mirostat_mu"][self._row_of[sequence_id]] = mirostat_mu[i]

@@ -191,6 +191,8 @@ class SequenceState:
     def _set_reports(self, params: SamplingParams, num_prompt: int) -> None:
         if params.logprob_token_ids:
             self.asks = np.array(params.logprob_token_ids, np.int32)
+        if self.spec.index:  # its prompt was reported on before a sibling drew the first token
+            return
         if params.prompt_logprob_token_ids:
             self.prompt_asks = np.array(params.prompt_logprob_token_ids, np.int32)
             self.prompt_asks_start = params.prompt_logprob_start or 0

@@ -189,8 +189,12 @@ def _rendered(parts: Sequence[_Part]) -> str:
 
 
 def _modern(value: Any) -> Any:
-    """The format within a structural tag of either form."""
-    if isinstance(value, dict) and value.keys() == {"structures", "triggers"}:
+    """The format within a structural tag of either form; the older one may name its type, too."""
+    if (
+        isinstance(value, dict)
+        and value.keys() - {"type"} == {"structures", "triggers"}
+        and value.get("type", "structural_tag") == "structural_tag"
+    ):
         tags = []
         for structure in _list(value["structures"]):
             if not isinstance(structure, dict) or structure.keys() != {"begin", "schema", "end"}:
