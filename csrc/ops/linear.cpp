@@ -163,6 +163,15 @@ inline void quantised_tile(const typename Codec::Group* panel, const int32_t* in
 // Tiles from which unpacking the panel once pays.
 constexpr int kStripTiles = 4;
 
+// Fetches the i-th of n parts of the next strip (or panel) while a tile is multiplied: unpacking it would wait
+// for memory otherwise, and the multiplications leave memory idle. Past the end it does nothing.
+inline void prefetch_part(const void* next, int64_t bytes, int i, int n) {
+  const char* p = static_cast<const char*>(next);
+  const int64_t lines = (bytes + 63) / 64;
+  for (int64_t line = lines * i / n; line < lines * (i + 1) / n; ++line)
+    __builtin_prefetch(p + 64 * line, 0, 2);
+}
+
 template <class Packed, int W>
 void quantised(const LinearArgs& a) {
   const auto* panel = static_cast<const typename Packed::Group*>(a.panel);
@@ -178,10 +187,12 @@ void quantised(const LinearArgs& a) {
     for (int64_t first = 0; first < groups; first += kStripGroups) {
       const int64_t count = groups - first < kStripGroups ? groups - first : kStripGroups;
       Strip<Packed>::unpack(panel + first, count, strip);
-      for (int i = 0; i < a.tile_count; ++i)
+      for (int i = 0; i < a.tile_count; ++i) {
+        prefetch_part(panel + first + count, count * sizeof(typename Packed::Group), i, a.tile_count);
         quantised_tile<Strip<Packed>, W>(strip, nullptr, count,
                                          tiles + i * a.tile_stride + first * activation_group_bytes(W),
                                          first > 0, out(i));
+      }
     }
   }
   for (int i = 0; i < a.tile_count; ++i) {
