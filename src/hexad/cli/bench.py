@@ -40,7 +40,7 @@ class Output:
     def check(self) -> None:
         """Raises ConfigError."""
         if self.plot_file is not None:
-            bench_plot.check()
+            bench_plot.check(self.plot_file)
         for file in (self.json_file, self.plot_file):
             if file not in (None, STDOUT) and not file.parent.is_dir():
                 raise ConfigError(f"{file} cannot be written: there is no folder {file.parent}.")

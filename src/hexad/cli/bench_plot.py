@@ -18,14 +18,17 @@ BINS = 60
 OUTPUT, PROMPT, MARK = "#1f6fb4", "#c8ccd2", "#c4432b"
 
 
-def check() -> None:
-    """Raises ConfigError if nothing can be drawn here."""
+def check(path: Path) -> None:
+    """Raises ConfigError if nothing can be drawn here, or not in the format that the path's ending names."""
     try:
-        import matplotlib.figure  # noqa: F401
+        from matplotlib.figure import Figure
     except ImportError as error:
         raise ConfigError(
             "--plot needs matplotlib, which is not installed: pip install 'hexad[plot]'."
         ) from error
+    known = sorted(Figure().canvas.get_supported_filetypes())
+    if path.suffix.removeprefix(".").lower() not in known:
+        raise ConfigError(f"--plot {path}: the name must end in one of .{', .'.join(known)}.")
 
 
 def plot(runs: Sequence[Run], title: str, subtitle: str, path: Path) -> None:

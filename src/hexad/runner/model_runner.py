@@ -96,7 +96,8 @@ class ModelRunner:
 
     def check(self, params: SamplingParams | PoolingParams) -> None:
         """Raises ParamsError for a grammar that does not compile. May be called from any thread: what takes
-        long is done here, and the sequence's first step finds it done."""
+        long is done here, and the sequence's first step finds it done, unless so many other grammars came
+        between that it is compiled again."""
         if isinstance(params, SamplingParams):
             self._grammar(params)
             self.vocabulary.prepare(params)
