@@ -1,4 +1,4 @@
-"""Beam search against transformers' own: the same beams in the same order, with the same scores."""
+"""Against transformers: the same beams in the same order with the same scores, and the same logprobs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from tests.character_tokenizer import CharacterTokenizer
 from tests.tiny_models import dense
 
-from hexad import LLM, BeamSearchParams
+from hexad import LLM, BeamSearchParams, SamplingParams
 from hexad.checkpoint.checkpoint import Checkpoint
 from hexad.engine.beam import BeamSearch
 
@@ -182,3 +182,36 @@ def test_llm(
             lengths.add(len(tokens))
         assert_same(found, generate(model, prompt, width, penalty, sorted(ends)))
     assert lengths == {MAX_TOKENS} if ignore_eos else len(lengths) >= 2
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_logprobs(llm: LLM, model: Any, temperature: float) -> None:
+    """Of prompts and of what is generated, within 1e-3; penalties and temperature do not show in them."""
+    params = SamplingParams(
+        temperature=temperature, presence_penalty=0.5, seed=1, max_tokens=MAX_TOKENS, ignore_eos=True,
+        logprobs=3, prompt_logprobs=2,
+    )  # fmt: skip
+    for prompt, output in zip(
+        PROMPTS, llm.generate([{"prompt_token_ids": p} for p in PROMPTS], params), strict=True
+    ):
+        token_ids = [*prompt, *output.outputs[0].token_ids]
+        with torch.inference_mode():
+            expected = model(torch.tensor([token_ids])).logits[0].log_softmax(-1).numpy()
+        assert output.prompt_logprobs is not None
+        assert output.outputs[0].logprobs is not None
+        reported = [*output.prompt_logprobs, *output.outputs[0].logprobs]
+        assert reported[0] is None
+        assert len(reported) == len(token_ids)
+        for position in range(1, len(token_ids)):
+            entry, row = reported[position], expected[position - 1]
+            assert entry is not None
+            assert token_ids[position] in entry
+            for token_id, logprob in entry.items():
+                assert logprob.logprob == pytest.approx(row[token_id], abs=1e-3)
+                # Nearly equal ones may swap ranks.
+                assert (
+                    (row > row[token_id] + 1e-3).sum() < logprob.rank <= (row >= row[token_id] - 1e-3).sum()
+                )
+            top = sorted(entry.values(), key=lambda logprob: logprob.rank)
+            count = 2 if position < len(prompt) else 3
+            assert [logprob.rank for logprob in top[:count]] == list(range(1, count + 1))
