@@ -22,6 +22,7 @@ class CharacterTokenizer:
 
     vocab_size = VOCAB
     eos_ids = frozenset({VOCAB - 1})
+    special_ids = frozenset({0, 1, 2})
 
     def encode(self, text: str, *, add_special: bool = True) -> list[int]:
         return [ord(c) for c in text]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.character_tokenizer import VOCAB, CharacterTokenizer
 from tests.tiny_models import tiny_llama
 from typer.testing import CliRunner
 
@@ -28,33 +29,7 @@ from hexad.cli.bench_workload import Job, Workload, read_dataset
 from hexad.errors import ConfigError
 from hexad.graph.cost import FLOAT_SHARE, StepNumbers
 
-VOCAB = 160
 CONTEXT = 256
-
-
-class CharacterStream:
-    def push(self, token_id: int) -> str:
-        return chr(token_id)
-
-    def flush(self) -> str:
-        return ""
-
-
-class CharacterTokenizer:
-    """A token is a character."""
-
-    vocab_size = VOCAB
-    eos_ids = frozenset({1})
-    special_ids = frozenset({0, 1, 2})
-
-    def encode(self, text: str) -> list[int]:
-        return [ord(character) for character in text]
-
-    def stream(self, **options: bool) -> CharacterStream:
-        return CharacterStream()
-
-    def token_text(self, token_id: int) -> str:
-        return chr(token_id)
 
 
 TOKENIZER: Any = CharacterTokenizer()
@@ -78,7 +53,7 @@ def test_a_seed_makes_the_workload_and_tokens_are_ordinary_ones() -> None:
     one, again, other = (Workload(range_ratio=0.5, seed=seed).jobs(TOKENIZER) for seed in (1, 1, 2))
     assert one == again != other
     assert len(one) == 64
-    assert {token_id for job in one for token_id in job.token_ids} == set(range(3, VOCAB))
+    assert {token_id for job in one for token_id in job.token_ids} == set(range(3, VOCAB - 1))
 
 
 def test_prompts_share_a_prefix_and_nothing_more() -> None:
