@@ -89,10 +89,14 @@ async def test_sleep_frees_and_requests_wait_until_it_wakes() -> None:
     model = make_engine()
     async with running(model) as engine:
         stream = engine.submit("r", [2] * 100, params_of(1, 200))
-        await anext(stream)
+        await model.executor.held()  # at its first step, so that it cannot end before it is told to sleep
+        sleeping = asyncio.create_task(engine.sleep())
+        await asyncio.sleep(0)
+        model.executor.go()
         with pytest.raises(EngineError, match="requests, 1 now"):
-            await engine.sleep()
+            await sleeping
         engine.cancel("r")
+        await final(stream)
         await engine.sleep()
         await engine.sleep()
         assert (engine.is_sleeping, model.executor.asleep) == (True, True)
