@@ -1,8 +1,8 @@
 """Structured output: microseconds per mask and milliseconds per grammar, at the vocabulary of a large model.
 
-    scripts/bench masks [--vocab N] [--schemas N] [--slack FACTOR]
+    scripts/bench masks [--schemas N] [--slack FACTOR]
 
-The vocabulary is a byte-level BPE of 151,936 tokens, trained on the Python files of this machine's Python.
+The vocabulary is Qwen's, of 151,646 tokens.
 Each of the schemas (those of tests/schemas.py) is followed for three texts of tokens drawn evenly from those
 allowed, which visits more, and stranger, states than a model does. The exit status is 1 if a figure exceeds
 its bound; --slack widens the bounds, for machines that are busy with other things.
@@ -12,26 +12,21 @@ from __future__ import annotations
 
 import argparse
 import random
-import re
 import sys
-import sysconfig
 import time
-from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import tokenizers
 from numpy.typing import NDArray
 from tests.schemas import schemas
-from tokenizers import models, pre_tokenizers, trainers
+from tests.vocabularies import merges_of, tiktoken_ranks
+from tokenizers import models, pre_tokenizers
 
 from benchmarks.report import table, write
-from hexad.checkpoint.tokenizer import CONTROL, NORMAL, Tokenizer
+from hexad.checkpoint.tokenizer import CONTROL, NORMAL, Tokenizer, byte_alphabet
 from hexad.params import StructuredOutputsParams
 from hexad.runner.grammar import Grammar, GrammarCompiler, MaskPool
 
-VOCAB = 151_936  # Qwen2's and Qwen3's
-PROSE = re.compile(r'#[^\n]*|"""(?:[^"\\]|"(?!""))*"""')
 TEXTS, MAX_TOKENS, BATCH = 3, 400, 32
 MEAN_BOUND, P99_BOUND = 100.0, 1000.0  # microseconds
 CONTROL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -50,11 +45,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--vocab", type=int, default=VOCAB, metavar="N")
     parser.add_argument("--schemas", type=int, default=50, metavar="N")
     parser.add_argument("--slack", type=float, default=1.0, metavar="FACTOR")
     options = parser.parse_args()
-    tokenizer = train_tokenizer(options.vocab)
+    tokenizer = qwen_tokenizer()
     compiler = GrammarCompiler(lambda: tokenizer, tokenizer.vocab_size)
     begin = time.perf_counter()
     compiler.compile(StructuredOutputsParams(json={"type": "integer"}))
@@ -82,35 +76,23 @@ def main() -> None:
     sys.exit("\n".join(over) or 0)
 
 
-def train_tokenizer(size: int) -> Tokenizer:
-    """A byte-level BPE tokenizer of this many tokens, the last of them control tokens."""
-    bpe = tokenizers.Tokenizer(models.BPE())
+def qwen_tokenizer() -> Tokenizer:
+    """Qwen's vocabulary: a byte-level BPE of 151,646 tokens, the last of them control tokens."""
+    alphabet = byte_alphabet()
+
+    def spelt(token: bytes) -> str:
+        return "".join(alphabet[byte] for byte in token)
+
+    ranks = tiktoken_ranks("qwen")
+    merges = [(spelt(left), spelt(right)) for left, right in merges_of(ranks)]
+    vocabulary = {spelt(token): rank for token, rank in ranks.items()}
+    bpe = tokenizers.Tokenizer(models.BPE(vocabulary, merges))
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    trainer = trainers.BpeTrainer(
-        vocab_size=size - len(CONTROL_TOKENS),
-        min_frequency=2,
-        max_token_length=16,
-        show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-    )
-    bpe.train_from_iterator(_corpus(), trainer)
     bpe.add_special_tokens(CONTROL_TOKENS)
-    ids = bpe.get_vocab()
-    tokens = sorted(ids, key=ids.__getitem__)
-    types = [CONTROL if token in CONTROL_TOKENS else NORMAL for token in tokens]
-    ends = frozenset(ids[token] for token in ("<|endoftext|>", "<|im_end|>"))
+    tokens = [*vocabulary, *CONTROL_TOKENS]
+    types = [*(NORMAL for _ in vocabulary), *(CONTROL for _ in CONTROL_TOKENS)]
+    ends = frozenset({len(vocabulary), len(vocabulary) + 2})
     return Tokenizer(bpe, tokens, types, eos_ids=ends, source="benchmark")
-
-
-def _corpus() -> Iterator[str]:
-    """Comments and docstrings of Python's own files and of installed packages, and the words of their code:
-    of whole lines, far more tokens would have quotes in them than in a model's vocabulary.
-    """
-    for path in sorted(Path(sysconfig.get_path("stdlib")).rglob("*.py")):
-        text = path.read_text(encoding="utf-8", errors="ignore")
-        for found in PROSE.finditer(text):
-            yield " ".join(found[0].strip('#"').split())
-        yield " ".join(re.findall(r"\w+", text))
 
 
 def measure(
