@@ -2,162 +2,97 @@
 
 #include "ops/linear.h"
 
-#include "formats/panels.h"
+#include "ops/codecs.h"
 #include "ops/table.h"
-#include "simd/simd.h"
 
 namespace hexad::HEXAD_NAMESPACE {
 namespace {
 
-// A codec reads one group of a panel: `scale` and `minimum` of rows 16·half …, and the eight columns of quads
-// in any order (integer sums do not care). kZeroShift: the zero point is 8 << kZeroShift; −1 means none.
-
-template <class PackedGroup>
-struct Nibbles {
-  using Group = PackedGroup;
-  static constexpr int kColumns = kGroup;
-  static F32 scale(const Group& g, int half) { return load_f16(g.d + 16 * half); }
-  template <class F>
-  static void quads(const Group& g, F f) {
-    HEXAD_UNROLL
-    for (int c = 0; c < 4; ++c) {
-      Quads first = load_quads(g.quads[c][0]), second = load_quads(g.quads[c][16]);
-      f(c, low_nibbles(first), low_nibbles(second));
-      f(c + 4, high_nibbles(first), high_nibbles(second));
-    }
-  }
-  static F32 code(const Group& g, int k, int half) {
-    Quads q = load_quads(g.quads[k % 16 / 4][16 * half]);
-    return to_float(byte_of(k < 16 ? low_nibbles(q) : high_nibbles(q), k % 4));
-  }
-};
-
-struct W4 : Nibbles<W4Group> {
-  static constexpr int kZeroShift = 0;
-  static constexpr bool kHasMinimum = false;
-  static F32 minimum(const Group&, int) { return splat(0); }
-  // Column `k` of the group as floats, given the group's scale and minimum.
-  static F32 weight(const Group& g, int k, int half, F32 scale, F32) {
-    return mul(scale, sub(code(g, k, half), splat(8)));
-  }
-};
-
-struct W4M : Nibbles<W4MGroup> {
-  static constexpr int kZeroShift = -1;
-  static constexpr bool kHasMinimum = true;
-  static F32 minimum(const Group& g, int half) { return load_f16(g.m + 16 * half); }
-  static F32 weight(const Group& g, int k, int half, F32 scale, F32 minimum) {
-    return add(mul(scale, code(g, k, half)), minimum);
-  }
-};
-
-struct W8 {
-  using Group = W8Group;
-  static constexpr int kColumns = kGroup;
-  static constexpr int kZeroShift = 4;
-  static constexpr bool kHasMinimum = false;
-  static F32 scale(const Group& g, int half) { return load_f16(g.d + 16 * half); }
-  static F32 minimum(const Group&, int) { return splat(0); }
-  template <class F>
-  static void quads(const Group& g, F f) {
-    HEXAD_UNROLL
-    for (int c = 0; c < 8; ++c) f(c, load_quads(g.quads[c][0]), load_quads(g.quads[c][16]));
-  }
-  static F32 weight(const Group& g, int k, int half, F32 scale, F32) {
-    I32 code = byte_of(load_quads(g.quads[k / 4][16 * half]), k % 4);
-    return mul(scale, sub(to_float(code), splat(128)));
-  }
-};
-
-// A strip of a panel unpacked to bytes and float scales, for many tiles to share: the same numbers, ready to
-// use.
-struct StripGroup {
-  float d[kPanelRows];
-  float m[kPanelRows];
-  uint8_t quads[8][kPanelRows][4];
-};
-static_assert(sizeof(StripGroup) * (kStripColumns / kGroup) == kStripBytes);
-
-template <class Packed>
-struct Strip {
-  using Group = StripGroup;
-  static constexpr int kZeroShift = Packed::kZeroShift;
-  static constexpr bool kHasMinimum = Packed::kHasMinimum;
-  static F32 scale(const Group& g, int half) { return load(g.d + 16 * half); }
-  static F32 minimum(const Group& g, int half) { return load(g.m + 16 * half); }
-  template <class F>
-  static void quads(const Group& g, F f) {
-    HEXAD_UNROLL
-    for (int c = 0; c < 8; ++c) f(c, load_quads(g.quads[c][0]), load_quads(g.quads[c][16]));
-  }
-  static void unpack(const typename Packed::Group* from, int64_t groups, Group* to) {
-    for (int64_t i = 0; i < groups; ++i) {
-      for (int half = 0; half < 2; ++half) {
-        store(to[i].d + 16 * half, Packed::scale(from[i], half));
-        if (kHasMinimum) store(to[i].m + 16 * half, Packed::minimum(from[i], half));
-      }
-      Packed::quads(from[i], [&](int c, const Quads& first, const Quads& second) {
-        store_quads(to[i].quads[c][0], first);
-        store_quads(to[i].quads[c][16], second);
-      });
-    }
-  }
-};
-
-// One panel × one tile of `W` rows over `count` groups of activations at `x`, which belong to the panel's
-// groups 0, 1, … or, if `index` is given, index[0], index[1], …; `out` is [W][32]. `resume` goes on from what
-// it holds.
-template <class Codec, int W>
-inline void quantised_tile(const typename Codec::Group* panel, const int32_t* index, int64_t count,
-                           const char* x, bool resume, float* out) {
-  F32 sums[2][W];
+// H halves of a panel × T of a tile's W rows, over `count` groups of activations at `x`. These belong to the
+// panel's groups 0, 1, … or, if `index` is given, index[0], index[1], …; `out` is [T][32]. `resume` goes on from
+// what it holds.
+template <class Codec, int W, int H, int T>
+inline __attribute__((always_inline)) void quantised_block(const typename Codec::Block* panel, int first_half,
+                                                           const int32_t* index, int64_t count, const char* x,
+                                                           int first_slot, bool resume, float* out) {
+  constexpr int kParts = Codec::kParts, kQuads = 8 / kParts;
+  constexpr int kZero = Codec::kBits == 8 ? kByteZero : Codec::kZero;
+  F32 sums[H][T];
   HEXAD_UNROLL
-  for (int t = 0; t < W; ++t) {
-    sums[0][t] = resume ? load(out + t * kPanelRows) : splat(0);
-    sums[1][t] = resume ? load(out + t * kPanelRows + 16) : splat(0);
-  }
+  for (int t = 0; t < T; ++t)
+    for (int h = 0; h < H; ++h)
+      sums[h][t] = resume ? load(out + t * kPanelRows + 16 * (first_half + h)) : splat(0);
   for (int64_t i = 0; i < count; ++i, x += activation_group_bytes(W)) {
-    const typename Codec::Group* group = panel + (index ? index[i] : i);
-    const int8_t* q = reinterpret_cast<const int8_t*>(x);
-    const float* d = reinterpret_cast<const float*>(x + W * kGroup);
+    const int64_t group = index ? index[i] : i;
+    const typename Codec::Block& block = panel[group / Codec::kGroups];
+    const int g = static_cast<int>(group % Codec::kGroups);
+    const int8_t* q = reinterpret_cast<const int8_t*>(x) + 4 * first_slot;
+    const float* d = reinterpret_cast<const float*>(x + W * kGroup) + first_slot;
     const float* s = d + W;
     const int32_t* n = reinterpret_cast<const int32_t*>(s + W);
-    I32 acc[2][W];
+    const int32_t* n_first = n + W;
     HEXAD_UNROLL
-    for (int t = 0; t < W; ++t) {
-      acc[0][t] = Codec::kZeroShift < 0 ? splat_int(0) : shift_left(splat_int(n[t]), Codec::kZeroShift);
-      acc[1][t] = acc[0][t];
-    }
-    Codec::quads(*group, [&](int c, const Quads& first, const Quads& second) __attribute__((always_inline)) {
+    for (int part = 0; part < kParts; ++part) {
+      // −4 · Σq of the part's columns
+      const auto rest = [&](int t) {
+        return kParts == 1 ? n[t] : part == 0 ? n_first[t] : n[t] - n_first[t];
+      };
+      const auto start = [&](int t) {
+        return kZero == 0 ? splat_int(0) : shift_left(splat_int(rest(t)), __builtin_ctz(kZero | 1024) - 2);
+      };
+      Dots<Codec::kBits, kQuads> dots[H][T];
       HEXAD_UNROLL
-      for (int t = 0; t < W; ++t) {
-        Quads quad = splat_quad(q + (c * W + t) * 4);
-        acc[0][t] = dot(acc[0][t], first, quad);
-        acc[1][t] = dot(acc[1][t], second, quad);
+      for (int t = 0; t < T; ++t) {
+        const I32 from = start(t);
+        for (int h = 0; h < H; ++h) dots[h][t].begin(from);
       }
-    });
-    F32 scale[2] = {Codec::scale(*group, 0), Codec::scale(*group, 1)};
-    HEXAD_UNROLL
-    for (int t = 0; t < W; ++t) {
-      F32 dx = splat(d[t]);
-      sums[0][t] = fma(to_float(acc[0][t]), mul(scale[0], dx), sums[0][t]);
-      sums[1][t] = fma(to_float(acc[1][t]), mul(scale[1], dx), sums[1][t]);
-    }
-    if constexpr (Codec::kHasMinimum) {
-      F32 minimum[2] = {Codec::minimum(*group, 0), Codec::minimum(*group, 1)};
       HEXAD_UNROLL
-      for (int t = 0; t < W; ++t) {
-        F32 sx = splat(s[t]);
-        sums[0][t] = fma(minimum[0], sx, sums[0][t]);
-        sums[1][t] = fma(minimum[1], sx, sums[1][t]);
+      for (int j = 0; j < kQuads; ++j) {
+        const int c = Codec::order(part * kQuads + j);
+        Quads weights[H];
+        for (int h = 0; h < H; ++h) weights[h] = Codec::quad(block, g, c, first_half + h);
+        HEXAD_UNROLL
+        for (int t = 0; t < T; ++t) {
+          const Quads quad = splat_quad(q + (c * W + t) * 4);
+          for (int h = 0; h < H; ++h) dots[h][t].add(j, weights[h], quad);
+        }
+      }
+      F32 scale[H];
+      for (int h = 0; h < H; ++h) scale[h] = Codec::scale(block, g, part, first_half + h);
+      HEXAD_UNROLL
+      for (int t = 0; t < T; ++t) {
+        const F32 dx = splat(d[t]);
+        const I32 from = start(t);
+        for (int h = 0; h < H; ++h)
+          sums[h][t] = fma(to_float(dots[h][t].end(from)), mul(scale[h], dx), sums[h][t]);
+      }
+      if constexpr (Codec::kHasMinimum) {
+        F32 minimum[H];
+        for (int h = 0; h < H; ++h) minimum[h] = Codec::minimum(block, g, part, first_half + h);
+        HEXAD_UNROLL
+        for (int t = 0; t < T; ++t) {
+          const F32 sx = kParts == 1 ? splat(s[t]) : splat(d[t] * (-0.25f * static_cast<float>(rest(t))));
+          for (int h = 0; h < H; ++h) sums[h][t] = fma(minimum[h], sx, sums[h][t]);
+        }
       }
     }
   }
   HEXAD_UNROLL
-  for (int t = 0; t < W; ++t) {
-    store(out + t * kPanelRows, sums[0][t]);
-    store(out + t * kPanelRows + 16, sums[1][t]);
-  }
+  for (int t = 0; t < T; ++t)
+    for (int h = 0; h < H; ++h) store(out + t * kPanelRows + 16 * (first_half + h), sums[h][t]);
+}
+
+// One panel × one tile, in blocks as large as the registers allow.
+template <class Codec, int W, int kFirst = 0>
+inline void quantised_tile(const typename Codec::Block* panel, const int32_t* index, int64_t count,
+                           const char* x, bool resume, float* out) {
+  constexpr int kSlots = W - kFirst < kTileSlots ? W - kFirst : kTileSlots;
+  constexpr int kHalves = tile_halves(kSlots);
+  float* to = out + kFirst * kPanelRows;
+  for (int half = 0; half < 2; half += kHalves)
+    quantised_block<Codec, W, kHalves, kSlots>(panel, half, index, count, x, kFirst, resume, to);
+  if constexpr (kFirst + kSlots < W)
+    quantised_tile<Codec, W, kFirst + kSlots>(panel, index, count, x, resume, out);
 }
 
 // Tiles from which unpacking the panel once pays.
@@ -172,9 +107,45 @@ inline void prefetch_part(const void* next, int64_t bytes, int i, int n) {
     __builtin_prefetch(p + 64 * line, 0, 2);
 }
 
+// One panel × one tile of dense activations x [columns][W]; `out` is [W][32].
+template <class Codec, int W, int H, int T>
+inline __attribute__((always_inline)) void dense_block(const typename Codec::Block* column, int first_half,
+                                                       int64_t columns, const float* x, bool resume,
+                                                       float* out) {
+  F32 sums[H][T];
+  HEXAD_UNROLL
+  for (int t = 0; t < T; ++t)
+    for (int h = 0; h < H; ++h)
+      sums[h][t] = resume ? load(out + t * kPanelRows + 16 * (first_half + h)) : splat(0);
+  for (int64_t k = 0; k < columns; ++k, ++column, x += W) {
+    F32 weights[H];
+    for (int h = 0; h < H; ++h) weights[h] = Codec::weight(*column, first_half + h);
+    HEXAD_UNROLL
+    for (int t = 0; t < T; ++t) {
+      const F32 value = splat(x[t]);
+      for (int h = 0; h < H; ++h) sums[h][t] = fma(weights[h], value, sums[h][t]);
+    }
+  }
+  HEXAD_UNROLL
+  for (int t = 0; t < T; ++t)
+    for (int h = 0; h < H; ++h) store(out + t * kPanelRows + 16 * (first_half + h), sums[h][t]);
+}
+
+template <class Codec, int W, int kFirst = 0>
+inline void dense_tile(const typename Codec::Block* panel, int64_t columns, const float* x, bool resume,
+                       float* out) {
+  constexpr int kSlots = W - kFirst < kTileSlots ? W - kFirst : kTileSlots;
+  constexpr int kHalves = tile_halves(kSlots);
+  for (int half = 0; half < 2; half += kHalves)
+    dense_block<Codec, W, kHalves, kSlots>(panel, half, columns, x + kFirst, resume,
+                                           out + kFirst * kPanelRows);
+  if constexpr (kFirst + kSlots < W) dense_tile<Codec, W, kFirst + kSlots>(panel, columns, x, resume, out);
+}
+
 template <class Packed, int W>
 void quantised(const LinearArgs& a) {
-  const auto* panel = static_cast<const typename Packed::Group*>(a.panel);
+  using Block = typename Packed::Block;
+  const auto* panel = static_cast<const Block*>(a.panel);
   const char* tiles = static_cast<const char*>(a.tiles);
   const int64_t groups = a.columns / kGroup;
   const auto out = [&](int i) { return a.out + int64_t{i} * W * kPanelRows; };
@@ -182,16 +153,20 @@ void quantised(const LinearArgs& a) {
     for (int i = 0; i < a.tile_count; ++i)
       quantised_tile<Packed, W>(panel, nullptr, groups, tiles + i * a.tile_stride, false, out(i));
   } else {
+    using Unpacked = Strip<Packed>;
     constexpr int64_t kStripGroups = kStripColumns / kGroup;
-    StripGroup* strip = static_cast<StripGroup*>(a.scratch);
+    static_assert(sizeof(typename Unpacked::Block) * kStripGroups <= kStripBytes);
+    static_assert(kStripGroups % Packed::kGroups == 0);
+    auto* strip = static_cast<typename Unpacked::Block*>(a.scratch);
     for (int64_t first = 0; first < groups; first += kStripGroups) {
       const int64_t count = groups - first < kStripGroups ? groups - first : kStripGroups;
-      Strip<Packed>::unpack(panel + first, count, strip);
+      Unpacked::unpack(panel, first, count, strip);
+      const Block* next = panel + (first + count) / Packed::kGroups;
       for (int i = 0; i < a.tile_count; ++i) {
-        prefetch_part(panel + first + count, count * sizeof(typename Packed::Group), i, a.tile_count);
-        quantised_tile<Strip<Packed>, W>(strip, nullptr, count,
-                                         tiles + i * a.tile_stride + first * activation_group_bytes(W),
-                                         first > 0, out(i));
+        prefetch_part(next, count / Packed::kGroups * static_cast<int64_t>(sizeof(Block)), i, a.tile_count);
+        quantised_tile<Unpacked, W>(strip, nullptr, count,
+                                    tiles + i * a.tile_stride + first * activation_group_bytes(W), first > 0,
+                                    out(i));
       }
     }
   }
@@ -204,52 +179,53 @@ void quantised(const LinearArgs& a) {
   }
 }
 
-struct F16 {
-  using Group = F16Column;
-  static constexpr int kColumns = 1;
-  static F32 scale(const Group&, int) { return splat(1); }
-  static F32 minimum(const Group&, int) { return splat(0); }
-  static F32 weight(const Group& g, int, int half, F32, F32) { return load_f16(g.w + 16 * half); }
-};
-struct F32Dense {
-  using Group = F32Column;
-  static constexpr int kColumns = 1;
-  static F32 scale(const Group&, int) { return splat(1); }
-  static F32 minimum(const Group&, int) { return splat(0); }
-  static F32 weight(const Group& g, int, int half, F32, F32) { return load(g.w + 16 * half); }
-};
+// Byte k of a quad's lanes as a number.
+inline F32 code(const Quads& quad, int k) { return to_float(byte_of(quad, k)); }
 
-template <class Codec, int W>
-void dense(const LinearArgs& a) {
-  constexpr int kColumns = Codec::kColumns;
-  for (int i = 0; i < a.tile_count; ++i) {
-    const auto* group = static_cast<const typename Codec::Group*>(a.panel);
-    const float* x = reinterpret_cast<const float*>(static_cast<const char*>(a.tiles) + i * a.tile_stride);
-    F32 sums[2][W];
-    HEXAD_UNROLL
-    for (int t = 0; t < W; ++t) sums[0][t] = sums[1][t] = splat(0);
-    for (int64_t k = 0; k < a.columns; k += kColumns, ++group) {
-      const F32 scale[2] = {Codec::scale(*group, 0), Codec::scale(*group, 1)};
-      const F32 minimum[2] = {Codec::minimum(*group, 0), Codec::minimum(*group, 1)};
-      for (int j = 0; j < kColumns; ++j, x += W) {
-        F32 first = Codec::weight(*group, j, 0, scale[0], minimum[0]);
-        F32 second = Codec::weight(*group, j, 1, scale[1], minimum[1]);
-        HEXAD_UNROLL
-        for (int t = 0; t < W; ++t) {
-          F32 value = splat(x[t]);
-          sums[0][t] = fma(first, value, sums[0][t]);
-          sums[1][t] = fma(second, value, sums[1][t]);
-        }
-      }
-    }
-    float* out = a.out + int64_t{i} * W * kPanelRows;
-    HEXAD_UNROLL
-    for (int t = 0; t < W; ++t) {
-      store(out + t * kPanelRows, sums[0][t]);
-      store(out + t * kPanelRows + 16, sums[1][t]);
+// Calls f(weights of 16 rows) for each column of a group in order: (code − zero) · scale + minimum.
+template <class Codec, class F>
+inline void each_column(const typename Codec::Block& b, int g, int half, F f) {
+  for (int c = 0; c < 8; ++c) {
+    const int part = c * Codec::kParts / 8;
+    const F32 scale = Codec::scale(b, g, part, half), minimum = Codec::minimum(b, g, part, half);
+    const Quads quad = Codec::quad(b, g, c, half);
+    for (int k = 0; k < 4; ++k) {
+      F32 w = mul(scale, sub(code(quad, k), splat(Codec::kZero)));
+      if (Codec::kHasMinimum) w = add(w, minimum);
+      f(4 * c + k, w);
     }
   }
 }
+
+// A quantised panel × dense tiles: a group is turned into floats once per tile.
+template <class Codec, int W>
+struct Dequantised {
+  static void run(const LinearArgs& a) {
+    const auto* panel = static_cast<const typename Codec::Block*>(a.panel);
+    for (int i = 0; i < a.tile_count; ++i) {
+      const float* x = reinterpret_cast<const float*>(static_cast<const char*>(a.tiles) + i * a.tile_stride);
+      float* out = a.out + int64_t{i} * W * kPanelRows;
+      for (int64_t group = 0; group < a.columns / kGroup; ++group, x += W * kGroup) {
+        float columns[kGroup][kPanelRows];
+        for (int half = 0; half < 2; ++half)
+          each_column<Codec>(panel[group / Codec::kGroups], static_cast<int>(group % Codec::kGroups), half,
+                             [&](int k, const F32& w) { store(columns[k] + 16 * half, w); });
+        dense_tile<F32Dense, W>(reinterpret_cast<const F32Column*>(columns), kGroup, x, group > 0, out);
+      }
+    }
+  }
+};
+
+template <class Codec, int W>
+struct Dense {
+  static void run(const LinearArgs& a) {
+    for (int i = 0; i < a.tile_count; ++i)
+      dense_tile<Codec, W>(
+          static_cast<const typename Codec::Block*>(a.panel), a.columns,
+          reinterpret_cast<const float*>(static_cast<const char*>(a.tiles) + i * a.tile_stride), false,
+          a.out + int64_t{i} * W * kPanelRows);
+  }
+};
 
 template <template <class, int> class Loop, class Codec>
 void by_width(const LinearArgs& a) {
@@ -272,44 +248,52 @@ template <class Codec, int W>
 struct Quantised {
   static void run(const LinearArgs& a) { quantised<Codec, W>(a); }
 };
-template <class Codec, int W>
-struct Dense {
-  static void run(const LinearArgs& a) { dense<Codec, W>(a); }
-};
 
 template <class Codec>
 void gather(const void* panels, int64_t row, int64_t columns, float* out) {
-  constexpr int kColumns = Codec::kColumns;
-  const auto* group =
-      static_cast<const typename Codec::Group*>(panels) + row / kPanelRows * (columns / kColumns);
-  const int half = row % kPanelRows / 16, lane = row % 16;
+  const int64_t groups = columns / kGroup;
+  const auto* panel =
+      static_cast<const typename Codec::Block*>(panels) + row / kPanelRows * (groups / Codec::kGroups);
   float lanes[16];
-  for (int64_t k = 0; k < columns; k += kColumns, ++group) {
-    const F32 scale = Codec::scale(*group, half), minimum = Codec::minimum(*group, half);
-    for (int j = 0; j < kColumns; ++j) {
-      store(lanes, Codec::weight(*group, j, half, scale, minimum));
-      out[k + j] = lanes[lane];
-    }
+  for (int64_t group = 0; group < groups; ++group, out += kGroup)
+    each_column<Codec>(panel[group / Codec::kGroups], static_cast<int>(group % Codec::kGroups),
+                       row % kPanelRows / 16, [&](int k, const F32& w) {
+                         store(lanes, w);
+                         out[k] = lanes[row % 16];
+                       });
+}
+
+template <class Codec>
+void gather_dense(const void* panels, int64_t row, int64_t columns, float* out) {
+  const auto* panel = static_cast<const typename Codec::Block*>(panels) + row / kPanelRows * columns;
+  float lanes[16];
+  for (int64_t k = 0; k < columns; ++k) {
+    store(lanes, Codec::weight(panel[k], row % kPanelRows / 16));
+    out[k] = lanes[row % 16];
   }
+}
+
+template <class Codec>
+void fill_quantised(Kernels& table, Layout layout) {
+  table.linear_quantised[static_cast<int>(layout)] = by_width<Quantised, Codec>;
+  table.linear_dense[static_cast<int>(layout)] = by_width<Dequantised, Codec>;
+  table.gather_row[static_cast<int>(layout)] = gather<Codec>;
+}
+
+template <class Codec>
+void fill_dense(Kernels& table, Layout layout) {
+  table.linear_dense[static_cast<int>(layout)] = by_width<Dense, Codec>;
+  table.gather_row[static_cast<int>(layout)] = gather_dense<Codec>;
 }
 
 }  // namespace
 
 void fill_linear(Kernels& table) {
-  auto at = [](Layout layout) { return static_cast<int>(layout); };
-  table.linear_quantised[at(Layout::kW4)] = by_width<Quantised, W4>;
-  table.linear_quantised[at(Layout::kW4M)] = by_width<Quantised, W4M>;
-  table.linear_quantised[at(Layout::kW8)] = by_width<Quantised, W8>;
-  table.linear_dense[at(Layout::kW4)] = by_width<Dense, W4>;
-  table.linear_dense[at(Layout::kW4M)] = by_width<Dense, W4M>;
-  table.linear_dense[at(Layout::kW8)] = by_width<Dense, W8>;
-  table.linear_dense[at(Layout::kF16)] = by_width<Dense, F16>;
-  table.linear_dense[at(Layout::kF32)] = by_width<Dense, F32Dense>;
-  table.gather_row[at(Layout::kW4)] = gather<W4>;
-  table.gather_row[at(Layout::kW4M)] = gather<W4M>;
-  table.gather_row[at(Layout::kW8)] = gather<W8>;
-  table.gather_row[at(Layout::kF16)] = gather<F16>;
-  table.gather_row[at(Layout::kF32)] = gather<F32Dense>;
+  fill_quantised<W4>(table, Layout::kW4);
+  fill_quantised<W4M>(table, Layout::kW4M);
+  fill_quantised<W8>(table, Layout::kW8);
+  fill_dense<F16>(table, Layout::kF16);
+  fill_dense<F32Dense>(table, Layout::kF32);
 }
 
 }  // namespace hexad::HEXAD_NAMESPACE

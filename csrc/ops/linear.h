@@ -5,7 +5,8 @@
 //       int8  q[8][width][4]   quads of columns: q[c][slot] holds columns 4c … 4c+3
 //       float d[width]         scale
 //       float s[width]         d · Σq
-//       int32 n[width]         −8 · Σq
+//       int32 n[width]         −4 · Σq
+//       int32 h[width]         −4 · Σq over the first 16 columns
 //     After the K/32 groups: int32 count, int32 index[capacity], and `count` more groups of the same form, for the
 //     groups in which some row is an outlier (below); index is ascending. Other rows' slots there are zero.
 //   dense: float x[k][width]
@@ -13,7 +14,8 @@
 //
 // Arithmetic, which no tile width, panel or thread count changes (the exactness promise):
 //   quantised: per group i = Σ q_w · q_x as an exact int32 (with the zero point of the layout subtracted),
-//       f ← fma(float(i), d_w · d, f), and for layouts with a minimum f ← fma(m_w, s, f); groups in K order.
+//       f ← fma(float(i), d_w · d, f), and for layouts with a minimum f ← fma(m_w, s, f); groups in K order. Layouts
+//       with a scale for each 16 columns do both once per 16, with d · Σq over these for s.
 //       A row's outlier groups, those with d² > 4 · mean(d²) over the row (the first (K/32 − 1) / 4 of them; by
 //       rounding there could be one more), are then multiplied once more, in K order, with what rounding left of
 //       their activations, quantised in turn. They are 3 to 7 % of a row's groups and carry most of the rounding error:
@@ -44,10 +46,10 @@ struct LinearArgs {
 // L1.
 constexpr int kStripColumns = 512;
 constexpr size_t kStripBytes =
-    kStripColumns / kGroup * (2 * kPanelRows * sizeof(float) + kGroup * kPanelRows);
+    kStripColumns / kGroup * (4 * kPanelRows * sizeof(float) + kGroup * kPanelRows);
 
 // Bytes of one (tile, group) of quantised activations.
-static constexpr int64_t activation_group_bytes(int64_t width) { return width * (kGroup + 12); }
+static constexpr int64_t activation_group_bytes(int64_t width) { return width * (kGroup + 16); }
 
 // A group is an outlier where d² exceeds this many times the row's mean, so fewer than one in as many can be.
 constexpr int kOutlier = 4;

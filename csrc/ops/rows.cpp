@@ -33,7 +33,7 @@ float quantise_group(F32 first, F32 second, int slot, int width, char* group) {
   const F32 inverse = splat(finite && d > 0 ? 1.0f / d : 0.0f);
   if (!finite) d = __builtin_nanf("");
   const I32 q[2] = {to_int(mul(first, inverse)), to_int(mul(second, inverse))};
-  const int32_t total = sum(add(q[0], q[1]));
+  const int32_t first_total = sum(q[0]), total = first_total + sum(q[1]);
   int8_t bytes[kGroup];
   store_bytes(bytes, q[0]);
   store_bytes(bytes + 16, q[1]);
@@ -41,7 +41,9 @@ float quantise_group(F32 first, F32 second, int slot, int width, char* group) {
   float* scales = reinterpret_cast<float*>(group + width * kGroup);
   scales[slot] = d;
   scales[width + slot] = d * static_cast<float>(total);
-  reinterpret_cast<int32_t*>(scales + 2 * width)[slot] = -8 * total;
+  int32_t* totals = reinterpret_cast<int32_t*>(scales + 2 * width);
+  totals[slot] = -4 * total;
+  totals[width + slot] = -4 * first_total;
   return d;
 }
 

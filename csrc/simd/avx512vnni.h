@@ -92,5 +92,20 @@ inline I32 dot(I32 acc, Quads weights, Quads activations) {
   return acc;
 }
 
+// kCount dots of quads of kBits-bit codes, one after another; `from` is what their sum begins with.
+template <int kBits, int kCount>
+struct Dots {
+  I32 sum;
+  void begin(I32 from) { sum = from; }
+  void add(int, Quads weights, Quads activations) { sum = dot(sum, weights, activations); }
+  I32 end(I32) const { return sum; }
+};
+// The zero point of byte codes as Dots<8> leaves it in the sum.
+constexpr int kByteZero = 128;
+
+// Register tiles of matrix products: batch rows, and halves of a panel for so many of them.
+constexpr int kTileSlots = 6;
+constexpr int tile_halves(int) { return 2; }
+
 }  // namespace
 }  // namespace hexad::HEXAD_NAMESPACE

@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 _TILE_ROWS = 6
 """Rows of an activation tile (csrc/kernels.h)."""
-_KERNEL_SCRATCH = 2 * 192 * 32 * 4 + 20 * 1024
+_KERNEL_SCRATCH = 2 * 192 * 32 * 4 + 24 * 1024
 """Bytes of a thread's panel outputs and unpacked strip (csrc/program_ops.h, csrc/ops/linear.h)."""
 _SAMPLER_BYTES = 20
 """Bytes per token of the vocabulary that a thread's sampler takes: a row, its candidates, its marks
@@ -76,7 +76,7 @@ class CpuBackend:
         widest = _padded(max(features, default=1))
         groups = widest // 32
         outliers = min(groups, _TILE_ROWS * ((groups - 1) // 4))
-        tile = _TILE_ROWS * (4 * widest + 44 * (groups + outliers))  # float32 and int8
+        tile = _TILE_ROWS * (4 * widest + 48 * (groups + outliers))  # float32 and int8
         ropes = {node.attrs["rope"] for node in graph.nodes if node.attrs.get("rope") is not None}
         per_row: int = 4 * (sum(features) + sum(rope.rotary_dim for rope in ropes))
         attention: int = max(
