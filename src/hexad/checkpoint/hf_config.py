@@ -25,18 +25,25 @@ class Family:
     defaults: of keys that a config.json may leave out. neutral: its own further keys, accepted only at values
     that mean "not used"; an empty tuple accepts any value. biases: for each projection of a layer that may
     have a bias whether it has, or the key that says so. windows: which layers have a sliding window, where
-    sliding_window is set: none; all; or, if use_sliding_window, those of layer_types or max_window_layers.
+    sliding_window is set: none; all; those listed in layer_types, else all; or, "flagged", if
+    use_sliding_window, those listed in layer_types, else all but the first max_window_layers.
     """
 
     defaults: Mapping[str, Any] = field(default_factory=dict)
     neutral: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     biases: Mapping[str, bool | str] = field(default_factory=dict)
-    windows: Literal["none", "all", "chosen"] = "none"
+    windows: Literal["none", "all", "listed", "flagged"] = "none"
 
 
 _ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
 _MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
-_QWEN_WINDOW = {"sliding_window": 4096, "max_window_layers": 28}
+_MISTRAL_DEFAULTS = {"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096}
+_QWEN_DEFAULTS = {
+    "max_position_embeddings": 32768,
+    "num_key_value_heads": 32,
+    "sliding_window": 4096,
+    "max_window_layers": 28,
+}
 _NO_WINDOW = {"sliding_window": (), "use_sliding_window": (False,), "max_window_layers": ()}
 
 FAMILIES: Mapping[str, Family] = {
@@ -50,25 +57,21 @@ FAMILIES: Mapping[str, Family] = {
         biases={**dict.fromkeys(_ATTENTION, "attention_bias"), **dict.fromkeys(_MLP, "mlp_bias")},
     ),
     "mistral": Family(
-        defaults={"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096},
+        defaults=_MISTRAL_DEFAULTS,
         neutral={"use_sliding_window": (), "max_window_layers": ()},  # transformers' mistral reads neither
         windows="all",
     ),
+    "ministral": Family(defaults=_MISTRAL_DEFAULTS, windows="listed"),
     "qwen2": Family(
-        defaults={"max_position_embeddings": 32768, "num_key_value_heads": 32, **_QWEN_WINDOW},
+        defaults=_QWEN_DEFAULTS,
         neutral={"use_mrope": (False,)},
         biases=dict.fromkeys(_ATTENTION[:3], True),
-        windows="chosen",
+        windows="flagged",
     ),
     "qwen3": Family(
-        defaults={
-            "max_position_embeddings": 32768,
-            "num_key_value_heads": 32,
-            "head_dim": 128,
-            **_QWEN_WINDOW,
-        },
+        defaults={**_QWEN_DEFAULTS, "head_dim": 128},
         biases=dict.fromkeys(_ATTENTION, "attention_bias"),
-        windows="chosen",
+        windows="flagged",
     ),
 }
 """By model_type. Defaults are those of transformers' configuration classes."""
@@ -86,7 +89,7 @@ _READ = frozenset(
     {
         "model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
         "num_key_value_heads", "head_dim", "vocab_size", "max_position_embeddings",
-        "original_max_position_embeddings", "rms_norm_eps", "tie_word_embeddings", "rope_theta",
+        "rms_norm_eps", "tie_word_embeddings", "rope_theta",
         "rope_scaling", "rope_parameters", "partial_rotary_factor", "layer_types",
     }
 )  # fmt: skip
@@ -114,7 +117,7 @@ _METADATA = frozenset(
 """Keys that say nothing about what the layers compute: of training, of generation, about files, or, such as
 pretraining_tp, about how a sum is divided."""
 
-_ROPE_KEYS: Mapping[str, tuple[str, ...]] = {
+ROPE_KEYS: Mapping[str, tuple[str, ...]] = {
     "default": (),
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
@@ -247,7 +250,7 @@ class _Reader:
         known = _READ | _METADATA | {says for says in self.family.biases.values() if isinstance(says, str)}
         if self.family.windows != "none":
             known |= {"sliding_window"}
-        if self.family.windows == "chosen":
+        if self.family.windows == "flagged":
             known |= {"use_sliding_window", "max_window_layers"}
         neutral = {"attention_bias": (False,), "mlp_bias": (False,), **_NEUTRAL, **self.family.neutral}
         for key, value in self.raw.items():
@@ -272,9 +275,9 @@ class _Reader:
         kind = rope.get("rope_type") or rope.get("type") or "default"
         if not isinstance(kind, str):
             self._fail(f"{name}'s rope_type is {shown(kind)}; a name expected")
-        if kind not in _ROPE_KEYS:
-            self._refuse(f"RoPE scaling {shown(kind)} is not supported; hexad knows {', '.join(_ROPE_KEYS)}")
-        known = _ROPE_METADATA.union(*_ROPE_KEYS.values())
+        if kind not in ROPE_KEYS:
+            self._refuse(f"RoPE scaling {shown(kind)} is not supported; hexad knows {', '.join(ROPE_KEYS)}")
+        known = _ROPE_METADATA.union(*ROPE_KEYS.values())
         for key, value in rope.items():
             if key not in known and value is not None:
                 self._refuse(f"{name} sets {key!r:.80} to {shown(value)}, which is not supported")
@@ -289,10 +292,9 @@ class _Reader:
 
         scaling: dict[str, Any] = {"rope_type": kind}
         context = config["max_position_embeddings"]
-        for key in _ROPE_KEYS[kind]:
+        for key in ROPE_KEYS[kind]:
             if key == "original_max_position_embeddings":
-                inner = self._integer(key, default=context, source=rope, prefix=f"{name}'s ")
-                scaling[key] = self._integer(key, default=inner)
+                scaling[key] = self._integer(key, default=context, source=rope, prefix=f"{name}'s ")
             elif key == "truncate":
                 if rope.get(key) is not None:
                     scaling[key] = self._flag(key, rope, f"{name}'s ")
@@ -305,17 +307,16 @@ class _Reader:
             config["max_position_embeddings"] = min(max(context, int(original * scaling["factor"])), _LARGEST)
 
     def _read_windows(self, config: dict[str, Any]) -> None:
-        """sliding_window and layer_types: None, unless some layers have a window; layer_types is None where
-        all have."""
+        """sliding_window, and layer_types for each layer; None and False where no layer has a window."""
         layers, windows = config["num_hidden_layers"], self.family.windows
         window = self.raw.get("sliding_window", self.family.defaults.get("sliding_window"))
-        if windows == "none" or (windows == "chosen" and not self._flag("use_sliding_window")):
+        if windows == "none" or (windows == "flagged" and not self._flag("use_sliding_window")):
             window = None
         if window is not None:
             window = self._integer("sliding_window")
         types = self.raw.get("layer_types")
         if types is None:
-            whole = self._integer("max_window_layers", minimum=0) if windows == "chosen" else 0
+            whole = self._integer("max_window_layers", minimum=0) if windows == "flagged" else 0
             kind = "full_attention" if window is None else "sliding_attention"
             types = ["full_attention" if i < whole else kind for i in range(layers)]
         elif not isinstance(types, list) or len(types) != layers:
@@ -331,7 +332,8 @@ class _Reader:
         if windows == "all" and window is not None and sliding < layers:
             self._refuse("layer_types leaves some layers without the sliding_window, which is not supported")
         config["sliding_window"] = window if sliding else None
-        config["layer_types"] = types if 0 < sliding < layers else None
+        config["layer_types"] = types if sliding else None
+        config["use_sliding_window"] = sliding > 0
 
     def _integer(
         self,

@@ -76,12 +76,17 @@ def open_folder(folder: Path) -> Checkpoint:
             config["tie_word_embeddings"] = False
 
     def load_tokenizer() -> Tokenizer:
-        from hexad.checkpoint.hf_tokenizer import tokenizer_from_folder  # late: it imports tokenizers
+        from hexad.checkpoint.hf_tokenizer import tokenizer_from_folder  # late: it imports much
 
-        ends = generation.get("eos_token_id")
-        return tokenizer_from_folder(folder, raw if ends is None else {**raw, "eos_token_id": ends})
+        return tokenizer_from_folder(folder, raw)
 
-    return Checkpoint(folder, config, weights, load_tokenizer, close, read_generation_defaults(generation))
+    def check_tokenizer() -> None:
+        from hexad.checkpoint.hf_tokenizer import check_folder_tokenizer
+
+        check_folder_tokenizer(folder)
+
+    defaults = read_generation_defaults(generation)
+    return Checkpoint(folder, config, weights, load_tokenizer, close, defaults, check_tokenizer)
 
 
 def _weight_map(index: Path) -> Mapping[str, str]:
