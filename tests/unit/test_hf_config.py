@@ -280,8 +280,9 @@ ROPE = st.dictionaries(
     st.sampled_from(["type", "rope_type", "factor", "truncate", "beta_fast", *ROPE_KEYS["llama3"]]), VALUES
 )
 KEYS = [
-    *SIZES, *HARMLESS, "rope_scaling", "rope_parameters", "layer_types", "sliding_window", "max_window_layers",
-    "use_sliding_window", "head_dim", "rope_theta", "partial_rotary_factor", "num_key_value_heads",
+    *SIZES, *HARMLESS, "rope_scaling", "rope_parameters", "layer_types", "sliding_window",
+    "max_window_layers", "use_sliding_window", "head_dim", "rope_theta", "partial_rotary_factor",
+    "num_key_value_heads",
 ]  # fmt: skip
 
 
