@@ -52,7 +52,9 @@ def test_a_file_beside_the_model_does_not_open_it(tmp_path: Path) -> None:
     config, tensors = llama()
     save(tmp_path, config, tensors)
     (tmp_path / "consolidated.safetensors").write_bytes(write(tensors))
-    with pytest.raises(CheckpointError, match=r"consolidated.safetensors: no part of the model in its folder"):
+    with pytest.raises(
+        CheckpointError, match=r"consolidated.safetensors: no part of the model in its folder"
+    ):
         open_checkpoint(tmp_path / "consolidated.safetensors")
     (tmp_path / "config.json").unlink()
     with pytest.raises(CheckpointError, match=r"safetensors file without config.json"):
