@@ -42,7 +42,7 @@ _NOTHING_TO_DO: Mapping[str, tuple[object, ...] | None] = {
     "hf_overrides": (None, {}),
     "kv_cache_dtype": ("auto",),
     "limit_mm_per_prompt": None,
-    "load_format": ("auto", "gguf"),
+    "load_format": ("auto", "gguf", "safetensors"),
     "logits_processors": (None,),
     "logprobs_mode": ("raw_logprobs",),
     "pipeline_parallel_size": (1,),

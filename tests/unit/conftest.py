@@ -1,4 +1,4 @@
-"""A tiny model that LLM opens by the name "tiny"."""
+"""A tiny model that LLM opens by the name "tiny", and a store of its own."""
 
 from __future__ import annotations
 
@@ -36,3 +36,11 @@ def llm(checkpoints: list[Checkpoint]) -> Iterator[LLM]:
         yield llm
         assert not llm.engine.has_unfinished
         assert llm.engine.blocks.num_allocated == 0
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A model store that nobody has used."""
+    folder = tmp_path / "home"
+    monkeypatch.setenv("HEXAD_HOME", str(folder))
+    return folder

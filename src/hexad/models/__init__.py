@@ -25,17 +25,26 @@ def build_graph(
     names).
 
     source: the file, for messages. Raises UnsupportedError for an unknown `model_type`, CheckpointError
-    for a config or weights that are incomplete or contradict each other.
+    for a config or weights that are incomplete or contradict each other, and UnsupportedError for a weight
+    that no node reads: a model that stores it computes with it.
     """
     graph = Graph(weights)
     try:
         model = _model(config.get("model_type"))
         model.build(model.Config.from_dict(config), graph)
+        _refuse_unread(graph)
     except CheckpointError as error:
         if source is None:
             raise
         raise type(error)(f"{source}: {error}") from error
     return graph
+
+
+def _refuse_unread(graph: Graph) -> None:
+    read = {name for node in graph.nodes for name in node.weights}
+    for name in graph.weights:
+        if name not in read:
+            raise UnsupportedError(f"tensor {name!r:.200} is not supported: not part of this model")
 
 
 def _model(model_type: object) -> Any:

@@ -1,4 +1,4 @@
-"""Formats that store every weight as a number of its own: F32, F16."""
+"""Formats that store every weight as a number of its own: F32, F16, BF16."""
 
 from __future__ import annotations
 
@@ -32,3 +32,14 @@ class DenseFormat(WeightFormat):
 
 F32 = DenseFormat("F32", "<f4")
 F16 = DenseFormat("F16", "<f2")
+
+
+class _BFloat16(DenseFormat):
+    """The upper half of a float32, as uint16: NumPy has no such type."""
+
+    def dequantise(self, weight: Weight) -> NDArray[np.float32]:
+        halves = np.ascontiguousarray(weight.arrays["data"], dtype=np.uint32)
+        return (halves << 16).view(np.float32)
+
+
+BF16 = _BFloat16("BF16", "<u2")
