@@ -1,4 +1,4 @@
-"""Formats that store every weight as a number of its own: F32, F16."""
+"""Formats that store every weight as a number of its own: F32, F16, BF16."""
 
 from __future__ import annotations
 
@@ -30,5 +30,16 @@ class DenseFormat(WeightFormat):
         return Weight(self, (len(rows), *weight.shape[1:]), {"data": weight.arrays["data"][rows]})
 
 
+class Bfloat16(DenseFormat):
+    """The upper half of a float32. NumPy has no such type: "data" holds the bits, uint16."""
+
+    def __init__(self) -> None:
+        super().__init__("BF16", "<u2")
+
+    def dequantise(self, weight: Weight) -> NDArray[np.float32]:
+        return (weight.arrays["data"].astype(np.uint32, order="C") << 16).view(np.float32)
+
+
 F32 = DenseFormat("F32", "<f4")
 F16 = DenseFormat("F16", "<f2")
+BF16 = Bfloat16()
