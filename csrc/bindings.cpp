@@ -12,6 +12,7 @@
 #include <utility>
 
 #include "cpu_features.h"
+#include "formats/pack.h"
 #include "probe.h"
 #include "program.h"
 
@@ -123,6 +124,13 @@ NB_MODULE(_native, m) {
   m.def(
       "isa", [] { return std::string(hexad::kernels_for("").isa); },
       "The ISA in use; HEXAD_ISA forces a lower one.");
+  m.def(
+      "layout_of",
+      [](const std::string& stored) {
+        const hexad::Stored& type = hexad::stored_of(stored);
+        return std::make_tuple(type.layout_name, type.block_columns, type.packed_bytes);
+      },
+      "stored"_a, "A stored type's packed layout: its name, columns per block, bytes of 32 rows' block.");
   m.def(
       "probe_bandwidth",
       [](int threads) {

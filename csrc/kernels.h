@@ -15,7 +15,23 @@ constexpr int kBlockTokens = 32;    // tokens per KV cache block
 constexpr int kSegmentBlocks = 16;  // KV blocks per attention segment: 512 keys
 constexpr int kLogitBlock = 256;    // logits that share a maximum
 
-enum class Layout : int { kW4, kW4M, kW8, kF16, kF32, kCount };
+// The packed layouts (formats/panels.h): Wn has codes of n bits, M minimums, K the scales of a K-quant.
+enum class Layout : int {
+  kW4,
+  kW4M,
+  kW5,
+  kW5M,
+  kW8,
+  kW2K,
+  kW3K,
+  kW4K,
+  kW5K,
+  kW6K,
+  kF16,
+  kBF16,
+  kF32,
+  kCount
+};
 
 struct LinearArgs;     // ops/linear.h
 struct AttentionArgs;  // ops/attention.h
@@ -26,7 +42,8 @@ struct Moments;        // ops/logits.h
 struct Kernels {
   const char* isa;
 
-  // ops/linear.h; indexed by Layout. `quantised` multiplies int8 activation tiles, `dense` float ones.
+  // ops/linear.h; indexed by Layout. `quantised` multiplies int8 activation tiles (null for dense layouts), `dense`
+  // float ones.
   void (*linear_quantised[static_cast<int>(Layout::kCount)])(const LinearArgs&);
   void (*linear_dense[static_cast<int>(Layout::kCount)])(const LinearArgs&);
   void (*gather_row[static_cast<int>(Layout::kCount)])(const void* panels, int64_t row, int64_t columns,

@@ -57,16 +57,16 @@ Program::Program(const Options& options)
 Program::~Program() = default;
 
 int Program::add_weight(const std::string& stored, int64_t rows, int64_t columns) {
-  const Layout layout = packed_layout(stored_of(stored));
+  const Stored& type = stored_of(stored);
   require(!sealed_, "the program is sealed");
   require(rows > 0 && columns > 0 && rows < kMost && columns < kMost, "a weight of " + std::to_string(rows) +
                                                                           " × " + std::to_string(columns) +
                                                                           "; each is between 1 and 2^31");
-  require(columns % group_columns(layout) == 0, std::to_string(columns) + " columns are no multiple of " +
-                                                    std::to_string(group_columns(layout)) + ", as " + stored +
-                                                    " needs");
+  require(columns % type.block_columns == 0, std::to_string(columns) + " columns are no multiple of " +
+                                                 std::to_string(type.block_columns) + ", as " + stored +
+                                                 " needs");
   auto w = std::make_unique<Weight>();
-  *w = Weight{layout, rows, columns, columns / group_columns(layout) * group_bytes(layout), {}};
+  *w = Weight{type.layout, rows, columns, type.panel_bytes(columns), {}};
   w->data = allocate<char>(at(product(w->panels(), w->panel_bytes)));
   weights_.push_back(std::move(w));
   return static_cast<int>(weights_.size()) - 1;
@@ -75,9 +75,9 @@ int Program::add_weight(const std::string& stored, int64_t rows, int64_t columns
 void Program::pack_weight(int weight, const std::string& stored_name, const uint8_t* data, int64_t bytes) {
   const Weight& w = check_weight(weight);
   const Busy busy(busy_);
-  const Stored stored = stored_of(stored_name);
-  const int64_t row_bytes = stored_row_bytes(stored, w.columns);
-  require(packed_layout(stored) == w.layout, "the weight was added as another type than " + stored_name);
+  const Stored& stored = stored_of(stored_name);
+  const int64_t row_bytes = stored.row_bytes(w.columns);
+  require(stored.layout == w.layout, "the weight was added as another type than " + stored_name);
   require(bytes == row_bytes * w.rows, "a weight has " + std::to_string(bytes) + " bytes; " +
                                            std::to_string(row_bytes * w.rows) + " expected");
   team_.run([&](int member) {

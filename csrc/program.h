@@ -172,7 +172,7 @@ class Program {
   Buffer& buffer(int i) { return buffers_[static_cast<size_t>(i)]; }
   const Weight& weight(int i) const { return *weights_[static_cast<size_t>(i)]; }
   bool quantises(const Weight& w) const {
-    return options_.quantised && w.layout != Layout::kF16 && w.layout != Layout::kF32;
+    return options_.quantised && kernels_.linear_quantised[static_cast<int>(w.layout)] != nullptr;
   }
 
  private:

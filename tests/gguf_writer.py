@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 U8, I8, U16, I16, U32, I32, F32, BOOL, STRING, ARRAY, U64, I64, F64 = range(13)
 _CODES = {
@@ -29,8 +30,21 @@ _CODES = {
 }
 
 # id: (name, weights per block, bytes per block)
-TYPES = {0: ("F32", 1, 4), 1: ("F16", 1, 2), 2: ("Q4_0", 32, 18), 3: ("Q4_1", 32, 20), 8: ("Q8_0", 32, 34)}
-TYPE_F32, TYPE_F16, TYPE_Q4_0, TYPE_Q4_1, TYPE_Q8_0 = TYPES
+TYPES = {
+    0: ("F32", 1, 4), 1: ("F16", 1, 2), 2: ("Q4_0", 32, 18), 3: ("Q4_1", 32, 20), 8: ("Q8_0", 32, 34),
+    6: ("Q5_0", 32, 22), 7: ("Q5_1", 32, 24), 10: ("Q2_K", 256, 84), 11: ("Q3_K", 256, 110),
+    12: ("Q4_K", 256, 144), 13: ("Q5_K", 256, 176), 14: ("Q6_K", 256, 210), 30: ("BF16", 1, 2),
+}  # fmt: skip
+TYPE_F32, TYPE_F16, TYPE_Q4_0, TYPE_Q4_1, TYPE_Q8_0 = list(TYPES)[:5]
+
+# Of a block format: where its fp16 scale d and minimum m lie; the standard deviation of weights under d = 1
+# when all other bytes are random and their mean is taken away; the m, as a multiple of d, that takes it away.
+SCALES: dict[str, tuple[int, int | None, float, float]] = {
+    "Q4_0": (0, None, 4.6, 0), "Q4_1": (0, 2, 4.6, -7.5), "Q8_0": (0, None, 73.9, 0),
+    "Q5_0": (0, None, 9.2, 0), "Q5_1": (0, 2, 9.2, -15.5), "Q2_K": (80, 82, 13.9, 1.5),
+    "Q3_K": (108, None, 43, 0), "Q4_K": (0, 2, 258, 7.5), "Q5_K": (0, 2, 530, 15.5),
+    "Q6_K": (208, None, 1367, 0),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -129,16 +143,28 @@ def write(
 
 def random_blocks(rng: np.random.Generator, type_id: int, shape: tuple[int, ...]) -> bytes:
     """Random weights of about ±1/8: random codes under sane scales."""
-    name, block_size, block_bytes = TYPES[type_id]
+    name, block_size, _ = TYPES[type_id]
     count = int(np.prod(shape)) // block_size
     if block_size == 1:
-        return (rng.standard_normal(count) / 8).astype("<f4" if name == "F32" else "<f2").tobytes()
-    blocks = rng.integers(0, 256, (count, block_bytes), dtype=np.uint8)
-    scale = rng.uniform(0.5, 1.0, (count, 1)) / (1000 if name == "Q8_0" else 64)
-    blocks[:, :2] = scale.astype("<f2").view(np.uint8)
-    if name == "Q4_1":
-        blocks[:, 2:4] = (-7.5 * scale).astype("<f2").view(np.uint8)
-    return blocks.tobytes()
+        values = (rng.standard_normal(count) / 8).astype("<f2" if name == "F16" else "<f4")
+        return (values.view("<u2")[1::2] if name == "BF16" else values).tobytes()
+    return blocks_of(rng, name, (count,), 1 / 18).tobytes()
+
+
+def blocks_of(rng: np.random.Generator, name: str, shape: tuple[int, ...], std: float) -> NDArray[np.uint8]:
+    """Blocks of a format, uint8 [*shape, bytes of a block], whose weights have this standard deviation.
+
+    Random codes under scales that are no two alike, from half to one and a half of what gives it.
+    """
+    block_bytes = next(size for known, _, size in TYPES.values() if known == name)
+    d_offset, m_offset, spread, m_ratio = SCALES[name]
+    blocks = rng.integers(0, 256, (*shape, block_bytes), dtype=np.uint8)
+    d = (std / spread * rng.uniform(0.5, 1.5, (*shape, 1))).astype("<f2")
+    blocks[..., d_offset : d_offset + 2] = d.view(np.uint8)
+    if m_offset is not None:
+        m = (d.astype(np.float32) * m_ratio * rng.uniform(2 / 3, 4 / 3, d.shape)).astype("<f2")
+        blocks[..., m_offset : m_offset + 2] = m.view(np.uint8)
+    return blocks
 
 
 def random_tensor(

@@ -8,12 +8,13 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from tests.gguf_writer import blocks_of
 
 from hexad.backends.backend import Batch, Limits
 from hexad.config import BLOCK_TOKENS
 from hexad.graph import Graph
 from hexad.models import build_graph
-from hexad.weights import F16, F32, Q4_0, Q4_1, Q8_0, Weight, WeightFormat
+from hexad.weights import BF16, F16, F32, Weight, WeightFormat
 
 
 @dataclass
@@ -28,9 +29,11 @@ class TinyModel:
 
 
 def dense(array: NDArray[np.floating], format: WeightFormat = F32) -> Weight:
-    """An F32 or F16 weight of these values."""
-    dtype = {"F32": "<f4", "F16": "<f2"}[format.name]
-    return Weight(format, array.shape, {"data": np.ascontiguousarray(array, dtype=dtype)})
+    """An F32, F16 or BF16 weight of these values; BF16 cuts their lower halves off."""
+    values = np.ascontiguousarray(array, dtype="<f2" if format is F16 else "<f4")
+    if format is BF16:
+        return Weight(BF16, array.shape, {"data": (values.view("<u4") >> 16).astype("<u2")})
+    return Weight(format, array.shape, {"data": values})
 
 
 def random_weight(
@@ -41,17 +44,12 @@ def random_weight(
     Blocks get random codes and random scales around the one that gives the deviation, no two alike.
     """
     std = shape[-1] ** -0.5 if std is None else std
-    if format in (F32, F16):
+    if format.block_size == 1:
         return dense(rng.normal(0, std, shape), format)
     rows, blocks = int(np.prod(shape[:-1])), shape[-1] // format.block_size
-    raw = rng.integers(0, 256, (rows, blocks, format.block_bytes), dtype=np.uint8)
-    spread = {Q4_0: 4.6, Q4_1: 4.6, Q8_0: 73.9}[format]  # of the integer codes, all equally likely
-    scale = (std / spread * rng.uniform(0.5, 1.5, (rows, blocks, 1))).astype("<f2")
-    raw[..., :2] = scale.view(np.uint8)
-    if format is Q4_1:
-        minimum = (-scale.astype(np.float32) * rng.uniform(5, 10, scale.shape)).astype("<f2")
-        raw[..., 2:4] = minimum.view(np.uint8)
-    return Weight(format, shape, {"blocks": raw.reshape(rows, -1)})
+    return Weight(
+        format, shape, {"blocks": blocks_of(rng, format.name, (rows, blocks), std).reshape(rows, -1)}
+    )
 
 
 def tiny_llama(

@@ -1,8 +1,13 @@
-// The packed layouts: a matrix [rows, columns] as panels of 32 rows; within a panel, groups in K order.
+// The packed layouts: a matrix [rows, columns] as panels of 32 rows; within a panel, blocks in K order.
 //
 // A 4-byte quad is four consecutive columns of one row; 32 quads, one per row, are two 64-byte vectors, so
 // that a vector load is an operand of a u8·s8 dot product without any shuffle. Quantised weights are stored
-// unsigned.
+// unsigned. In a group of 32 columns, quad c holds columns 4c … 4c + 3, one per byte; codes that are no bytes lie
+// in planes, whose vectors hold some bits of several quads:
+//   nibbles   quads[v]: quads v (low) and v + 4 (high)
+//   pairs     low[v]: quads 4v … 4v + 3, two bits each, from the lowest up
+//   bits      high: one bit of each quad, quad c in bit c
+// Where scales belong to 16 columns, quads[v] is 2v (low) and 2v + 1 (high): a vector belongs to one scale.
 #pragma once
 
 #include <cstdint>
@@ -11,38 +16,111 @@
 
 namespace hexad {
 
-// w = d · (q − 8), 4.5 bits per weight. Byte b of quads[c][r]: low nibble column 4c+b, high nibble column
-// 16+4c+b.
+constexpr int kSuperGroups = 8;  // groups of a K-quant's block of 256 columns
+
+using QuadRows = uint8_t[kPanelRows][4];
+
+// w = d · (q − 8), 4.5 bits per weight.
 struct W4Group {
   uint16_t d[kPanelRows];
-  uint8_t quads[4][kPanelRows][4];
+  QuadRows quads[4];
 };
-static_assert(sizeof(W4Group) == 576);
 
-// w = d · q + m, 5 bits per weight. Nibbles as in W4Group.
+// w = d · q + m, 5 bits per weight.
 struct W4MGroup {
   uint16_t d[kPanelRows];
   uint16_t m[kPanelRows];
-  uint8_t quads[4][kPanelRows][4];
+  QuadRows quads[4];
 };
-static_assert(sizeof(W4MGroup) == 640);
 
-// w = d · (q − 128), 8.5 bits per weight. quads[c][r] holds columns 4c … 4c+3.
+// w = d · (q − 16), 5.5 bits per weight: a nibble, and the fifth bit in `high`.
+struct W5Group {
+  uint16_t d[kPanelRows];
+  QuadRows quads[4];
+  QuadRows high;
+};
+
+// w = d · q + m, 6 bits per weight.
+struct W5MGroup {
+  uint16_t d[kPanelRows];
+  uint16_t m[kPanelRows];
+  QuadRows quads[4];
+  QuadRows high;
+};
+
+// w = d · (q − 128), 8.5 bits per weight. quads[c] is quad c.
 struct W8Group {
   uint16_t d[kPanelRows];
-  uint8_t quads[8][kPanelRows][4];
+  QuadRows quads[8];
 };
-static_assert(sizeof(W8Group) == 1088);
+
+// The K-quants. `m` is the file's dmin with its sign turned, so that minimums are added as everywhere.
+
+// w = d · (sc & 15) · q + m · (sc >> 4), 2.625 bits per weight; a scale and minimum for 16 columns.
+struct W2KBlock {
+  uint16_t d[kPanelRows];
+  uint16_t m[kPanelRows];
+  uint8_t scales[2 * kSuperGroups][kPanelRows];
+  struct {
+    QuadRows low[2];
+  } groups[kSuperGroups];
+};
+
+// w = d · sc · (q − 4), 3.5625 bits per weight: two bits, and the third in `high`; a scale for 16 columns.
+struct W3KBlock {
+  uint16_t d[kPanelRows];
+  int8_t scales[2 * kSuperGroups][kPanelRows];
+  struct {
+    QuadRows low[2];
+    QuadRows high;
+  } groups[kSuperGroups];
+};
+
+// w = d · sc · q + m · mn, 4.625 bits per weight.
+struct W4KBlock {
+  uint16_t d[kPanelRows];
+  uint16_t m[kPanelRows];
+  uint8_t scales[kSuperGroups][kPanelRows];
+  uint8_t minimums[kSuperGroups][kPanelRows];
+  struct {
+    QuadRows quads[4];
+  } groups[kSuperGroups];
+};
+
+// As W4KBlock with a fifth bit in `high`, 5.625 bits per weight.
+struct W5KBlock {
+  uint16_t d[kPanelRows];
+  uint16_t m[kPanelRows];
+  uint8_t scales[kSuperGroups][kPanelRows];
+  uint8_t minimums[kSuperGroups][kPanelRows];
+  struct {
+    QuadRows quads[4];
+    QuadRows high;
+  } groups[kSuperGroups];
+};
+
+// w = d · sc · (q − 32), 6.5625 bits per weight: a nibble, and bits 4 and 5 as pairs in `high`; a scale for 16
+// columns.
+struct W6KBlock {
+  uint16_t d[kPanelRows];
+  int8_t scales[2 * kSuperGroups][kPanelRows];
+  struct {
+    QuadRows quads[4];
+    QuadRows high[2];
+  } groups[kSuperGroups];
+};
 
 // Dense: one column of 32 rows.
 struct F16Column {
   uint16_t w[kPanelRows];
 };
-static_assert(sizeof(F16Column) == 64);
+
+struct BF16Column {
+  uint16_t w[kPanelRows];
+};
 
 struct F32Column {
   float w[kPanelRows];
 };
-static_assert(sizeof(F32Column) == 128);
 
 }  // namespace hexad

@@ -18,44 +18,144 @@
 namespace hexad::HEXAD_NAMESPACE {
 namespace {
 
-// Nibbles of columns 4c … in the low half of quads[c], of columns 16 + 4c … in the high half.
-template <class Packed>
-struct Nibbles {
-  using Block = Packed;
-  static constexpr int kGroups = 1, kParts = 1, kBits = 4;
-  static F32 scale(const Block& b, int, int, int half) { return load_f16(b.d + 16 * half); }
+// How a group's codes lie in planes (formats/panels.h). code(group, c, half) is quad c.
+struct FourBits {
+  static constexpr int kBits = 4;
   static constexpr int order(int i) { return i % 2 * 4 + i / 2; }
-  static Quads quad(const Block& b, int, int c, int half) {
-    const Quads both = load_quads(b.quads[c % 4][16 * half]);
+  template <class Group>
+  static Quads code(const Group& group, int c, int half) {
+    const Quads both = load_quads(group.quads[c % 4][16 * half]);
     return c < 4 ? low_nibbles(both) : high_nibbles(both);
   }
 };
 
-struct W4 : Nibbles<W4Group> {
-  static constexpr int kZero = 8;
-  static constexpr bool kHasMinimum = false;
-  static F32 minimum(const Block&, int, int, int) { return splat(0); }
+struct FiveBits {
+  static constexpr int kBits = 5;
+  static constexpr int order(int i) { return FourBits::order(i); }
+  template <class Group>
+  static Quads code(const Group& group, int c, int half) {
+    return with_bits(FourBits::code(group, c, half), load_quads(group.high[16 * half]), c - 4, 0x10);
+  }
 };
 
-struct W4M : Nibbles<W4MGroup> {
-  static constexpr int kZero = 0;
-  static constexpr bool kHasMinimum = true;
-  static F32 minimum(const Block& b, int, int, int half) { return load_f16(b.m + 16 * half); }
-};
-
-struct W8 {
-  using Block = W8Group;
-  static constexpr int kGroups = 1, kParts = 1, kBits = 8, kZero = 128;
-  static constexpr bool kHasMinimum = false;
-  static F32 scale(const Block& b, int, int, int half) { return load_f16(b.d + 16 * half); }
-  static F32 minimum(const Block&, int, int, int) { return splat(0); }
+struct EightBits {
+  static constexpr int kBits = 8;
   static constexpr int order(int i) { return i; }
-  static Quads quad(const Block& b, int, int c, int half) { return load_quads(b.quads[c][16 * half]); }
+  template <class Group>
+  static Quads code(const Group& group, int c, int half) {
+    return load_quads(group.quads[c][16 * half]);
+  }
 };
+
+// The rest belong to layouts with a scale for each half of a group: quads 0 … 3 and 4 … 7 share no vector of low
+// bits.
+struct TwoBits {
+  static constexpr int kBits = 2;
+  static constexpr int order(int i) { return i; }
+  template <class Group>
+  static Quads code(const Group& group, int c, int half) {
+    return bits(load_quads(group.low[c / 4][16 * half]), c % 4 * 2, 3);
+  }
+};
+
+struct ThreeBits {
+  static constexpr int kBits = 3;
+  static constexpr int order(int i) { return i; }
+  template <class Group>
+  static Quads code(const Group& group, int c, int half) {
+    return with_bits(TwoBits::code(group, c, half), load_quads(group.high[16 * half]), c - 2, 4);
+  }
+};
+
+struct SixBits {
+  static constexpr int kBits = 6;
+  static constexpr int order(int i) { return i; }
+  template <class Group>
+  static Quads code(const Group& group, int c, int half) {
+    const Quads both = load_quads(group.quads[c / 2][16 * half]);
+    return with_bits(c % 2 == 0 ? low_nibbles(both) : high_nibbles(both),
+                     load_quads(group.high[c / 4][16 * half]), c % 4 * 2 - 4, 0x30);
+  }
+};
+
+// An fp16 scale, and perhaps minimum, for each group.
+template <class Packed, class Codes, int kZeroPoint, bool kMinimum>
+struct HalfScales {
+  using Block = Packed;
+  static constexpr int kGroups = 1, kParts = 1, kBits = Codes::kBits, kZero = kZeroPoint;
+  static constexpr bool kHasMinimum = kMinimum;
+  static F32 scale(const Block& b, int, int, int half) { return load_f16(b.d + 16 * half); }
+  static F32 minimum(const Block& b, int, int, int half) {
+    if constexpr (kMinimum)
+      return load_f16(b.m + 16 * half);
+    else
+      return splat(0);
+  }
+  static constexpr int order(int i) { return Codes::order(i); }
+  static Quads quad(const Block& b, int, int c, int half) { return Codes::code(b, c, half); }
+};
+
+using W4 = HalfScales<W4Group, FourBits, 8, false>;
+using W4M = HalfScales<W4MGroup, FourBits, 0, true>;
+using W5 = HalfScales<W5Group, FiveBits, 16, false>;
+using W5M = HalfScales<W5MGroup, FiveBits, 0, true>;
+using W8 = HalfScales<W8Group, EightBits, 128, false>;
+
+// The K-quants: products of an fp16 and an integer of at most 8 bits, which float32 holds exactly.
+template <class Packed, class Codes>
+struct SuperBlock {
+  using Block = Packed;
+  static constexpr int kGroups = kSuperGroups, kBits = Codes::kBits;
+  static constexpr int order(int i) { return Codes::order(i); }
+  static Quads quad(const Block& b, int g, int c, int half) { return Codes::code(b.groups[g], c, half); }
+};
+
+template <class Packed, class Codes>
+struct ByteScales : SuperBlock<Packed, Codes> {
+  static constexpr int kParts = 1, kZero = 0;
+  static constexpr bool kHasMinimum = true;
+  static F32 scale(const Packed& b, int g, int, int half) {
+    return mul(load_f16(b.d + 16 * half), to_float(load_bytes(b.scales[g] + 16 * half)));
+  }
+  static F32 minimum(const Packed& b, int g, int, int half) {
+    return mul(load_f16(b.m + 16 * half), to_float(load_bytes(b.minimums[g] + 16 * half)));
+  }
+};
+
+template <class Packed, class Codes, int kZeroPoint>
+struct SignedScales : SuperBlock<Packed, Codes> {
+  static constexpr int kParts = 2, kZero = kZeroPoint;
+  static constexpr bool kHasMinimum = false;
+  static F32 scale(const Packed& b, int g, int part, int half) {
+    return mul(load_f16(b.d + 16 * half), to_float(load_bytes(b.scales[2 * g + part] + 16 * half)));
+  }
+  static F32 minimum(const Packed&, int, int, int) { return splat(0); }
+};
+
+struct W2K : SuperBlock<W2KBlock, TwoBits> {
+  static constexpr int kParts = 2, kZero = 0;
+  static constexpr bool kHasMinimum = true;
+  static F32 scale(const Block& b, int g, int part, int half) {
+    return mul(load_f16(b.d + 16 * half), to_float(load_nibbles(b.scales[2 * g + part] + 16 * half, 0)));
+  }
+  static F32 minimum(const Block& b, int g, int part, int half) {
+    return mul(load_f16(b.m + 16 * half), to_float(load_nibbles(b.scales[2 * g + part] + 16 * half, 4)));
+  }
+};
+
+using W3K = SignedScales<W3KBlock, ThreeBits, 4>;
+using W4K = ByteScales<W4KBlock, FourBits>;
+using W5K = ByteScales<W5KBlock, FiveBits>;
+using W6K = SignedScales<W6KBlock, SixBits, 32>;
 
 struct F16 {
   using Block = F16Column;
   static F32 weight(const Block& b, int half) { return load_f16(b.w + 16 * half); }
+};
+
+struct BF16 {
+  using Block = BF16Column;
+  static F32 weight(const Block& b, int half) { return load_bf16(b.w + 16 * half); }
 };
 
 struct F32Dense {

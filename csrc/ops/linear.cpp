@@ -291,8 +291,16 @@ void fill_dense(Kernels& table, Layout layout) {
 void fill_linear(Kernels& table) {
   fill_quantised<W4>(table, Layout::kW4);
   fill_quantised<W4M>(table, Layout::kW4M);
+  fill_quantised<W5>(table, Layout::kW5);
+  fill_quantised<W5M>(table, Layout::kW5M);
   fill_quantised<W8>(table, Layout::kW8);
+  fill_quantised<W2K>(table, Layout::kW2K);
+  fill_quantised<W3K>(table, Layout::kW3K);
+  fill_quantised<W4K>(table, Layout::kW4K);
+  fill_quantised<W5K>(table, Layout::kW5K);
+  fill_quantised<W6K>(table, Layout::kW6K);
   fill_dense<F16>(table, Layout::kF16);
+  fill_dense<BF16>(table, Layout::kBF16);
   fill_dense<F32Dense>(table, Layout::kF32);
 }
 

@@ -41,6 +41,10 @@ inline F32 scale_by_power(F32 x, F32 n) { return _mm512_scalef_ps(x, n); }
 inline F32 load_f16(const uint16_t* p) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
+inline F32 load_bf16(const uint16_t* p) {
+  const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+}
 inline uint16_t to_f16(float x) { return static_cast<uint16_t>(_cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT)); }
 
 // Sixteen doubles.
@@ -61,6 +65,17 @@ inline double sum(F64 a) { return _mm512_reduce_add_pd(_mm512_add_pd(a.low, a.hi
 
 inline I32 splat_int(int32_t x) { return _mm512_set1_epi32(x); }
 inline F32 to_float(I32 x) { return _mm512_cvtepi32_ps(x); }
+// Sixteen bytes, or the four bits from bit `from` on of each.
+inline I32 load_bytes(const uint8_t* p) {
+  return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+inline I32 load_bytes(const int8_t* p) {
+  return _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+inline I32 load_nibbles(const uint8_t* p, int from) {
+  return from == 4 ? _mm512_srli_epi32(load_bytes(p), 4)
+                   : _mm512_and_si512(load_bytes(p), _mm512_set1_epi32(15));
+}
 inline I32 shift_left(I32 x, int bits) { return _mm512_slli_epi32(x, static_cast<unsigned>(bits)); }
 inline I32 add(I32 a, I32 b) { return _mm512_add_epi32(a, b); }
 inline int32_t sum(I32 x) { return _mm512_reduce_add_epi32(x); }
@@ -80,6 +95,19 @@ inline Quads splat_quad(const int8_t* p) {
 inline Quads either(Quads a, Quads b) { return _mm512_or_si512(a, b); }
 inline Quads low_nibbles(Quads x) { return _mm512_and_si512(x, _mm512_set1_epi8(15)); }
 inline Quads high_nibbles(Quads x) { return _mm512_and_si512(_mm512_srli_epi16(x, 4), _mm512_set1_epi8(15)); }
+// The bits of `mask` of each byte, taken `from` bits higher (−n: n lower), alone or beside those of `low`.
+inline Quads moved(Quads x, int from) {
+  return from > 0   ? _mm512_srli_epi32(x, static_cast<unsigned>(from))
+         : from < 0 ? _mm512_slli_epi32(x, static_cast<unsigned>(-from))
+                    : x;
+}
+inline Quads bits(Quads x, int from, int mask) {
+  return _mm512_and_si512(moved(x, from), _mm512_set1_epi8(static_cast<char>(mask)));
+}
+inline Quads with_bits(Quads low, Quads x, int from, int mask) {
+  // low | (x & mask)
+  return _mm512_ternarylogic_epi32(low, moved(x, from), _mm512_set1_epi8(static_cast<char>(mask)), 0xF8);
+}
 // Byte `index` of each quad, zero-extended.
 inline I32 byte_of(Quads x, int index) {
   return _mm512_and_si512(_mm512_srli_epi32(x, static_cast<unsigned>(8 * index)), _mm512_set1_epi32(255));

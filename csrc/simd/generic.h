@@ -104,6 +104,11 @@ inline F32 load_f16(const uint16_t* p) {
   for (int i = 0; i < 16; ++i) r[i] = half_to_float(p[i]);
   return r;
 }
+inline F32 load_bf16(const uint16_t* p) {
+  U32 r;
+  for (int i = 0; i < 16; ++i) r[i] = static_cast<uint32_t>(p[i]) << 16;
+  return F32(r);
+}
 inline uint16_t to_f16(float x) {
   uint32_t bits;
   __builtin_memcpy(&bits, &x, 4);
@@ -136,6 +141,18 @@ inline double sum(F64 a) {
 
 inline I32 splat_int(int32_t x) { return I32{} + x; }
 inline F32 to_float(I32 x) { return __builtin_convertvector(x, F32); }
+// Sixteen bytes, or the four bits from bit `from` on of each.
+inline I32 load_bytes(const uint8_t* p) {
+  I32 r;
+  for (int i = 0; i < 16; ++i) r[i] = p[i];
+  return r;
+}
+inline I32 load_bytes(const int8_t* p) {
+  I32 r;
+  for (int i = 0; i < 16; ++i) r[i] = p[i];
+  return r;
+}
+inline I32 load_nibbles(const uint8_t* p, int from) { return load_bytes(p) >> from & 15; }
 inline I32 shift_left(I32 x, int bits) { return x << bits; }
 inline I32 add(I32 a, I32 b) { return a + b; }
 inline int32_t sum(I32 x) {
@@ -163,6 +180,11 @@ inline Quads splat_quad(const int8_t* p) {
 inline Quads either(Quads a, Quads b) { return a | b; }
 inline Quads low_nibbles(Quads x) { return x & 0x0F0F0F0Fu; }
 inline Quads high_nibbles(Quads x) { return x >> 4 & 0x0F0F0F0Fu; }
+// The bits of `mask` of each byte, taken `from` bits higher (−n: n lower), alone or beside those of `low`.
+inline Quads bits(Quads x, int from, int mask) {
+  return (from < 0 ? x << -from : x >> from) & 0x01010101u * static_cast<uint32_t>(mask);
+}
+inline Quads with_bits(Quads low, Quads x, int from, int mask) { return low | bits(x, from, mask); }
 // Byte `index` of each quad, zero-extended.
 inline I32 byte_of(Quads x, int index) { return I32(x >> static_cast<uint32_t>(8 * index) & 255u); }
 

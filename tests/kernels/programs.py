@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from tests.kernels.block_parts import block_parts
 from tests.tiny_models import dense, make_batch
 
 from hexad import _native
@@ -20,11 +21,11 @@ from hexad.backends.cpu import CpuBackend, CpuExecutable
 from hexad.config import BLOCK_TOKENS
 from hexad.graph import Graph
 from hexad.graph.fuse import fuse
-from hexad.weights import F16, F32, Q4_0, Q4_1, Q8_0, Weight
-from hexad.weights.ggml import BlockFormat
+from hexad.weights import Weight
+from hexad.weights.ggml import FORMATS as STORED
 
 ISAS = _native.isas()
-FORMATS = {"w4": Q4_0, "w4m": Q4_1, "w8": Q8_0, "f16": F16, "f32": F32}
+FORMATS = {_native.layout_of(format.name)[0]: format for format in STORED.values()}
 """A stored format for each packed layout."""
 
 Build = Callable[[Graph, int], int]
@@ -37,6 +38,12 @@ def assert_within(
     excess = np.abs(found.astype(np.float64) - expected) - bound
     assert not np.isnan(excess).any(), f"{np.isnan(excess).sum()} values are NaN"
     assert excess.max() <= 0, f"off by {excess.max():g} more than its bound, at {np.argmax(excess)}"
+
+
+def whole_blocks(columns: int, *layouts: str) -> int:
+    """So many columns, or the next more that are whole blocks of all these layouts."""
+    block = max(FORMATS[layout].block_size for layout in layouts)
+    return -(-columns // block) * block
 
 
 def gamma(roundings: float) -> float:
@@ -108,7 +115,7 @@ def int8_linear(x: NDArray[np.float32], weight: Weight) -> tuple[NDArray[np.floa
     Returns y and the bound on what float32 sums may be off, both [rows, out]: each of n terms is rounded
     twice where it is formed and then once by each addition it goes through, so γ(n + 2) · Σ|term|.
     """
-    quants, d, m = block_parts(weight)  # [out, groups, 32], [out, groups], [out, groups]
+    quants, d, m = block_parts(weight)  # [out, parts, columns of a part], [out, parts], [out, parts]
     groups = x.reshape(len(x), -1, 32)
     q, dx = quantise(groups)
     squares = np.zeros(len(x), np.float32)
@@ -120,17 +127,20 @@ def int8_linear(x: NDArray[np.float32], weight: Weight) -> tuple[NDArray[np.floa
     rest_q, rest_d = quantise(groups - dx[..., None] * q)
     rest_d = np.where(outlier, rest_d, np.float32(0))
 
+    parts = 32 // quants.shape[2]  # per group
     y = np.zeros((len(x), len(quants)))
     size = np.zeros_like(y)
     for codes, scale in ((q, dx), (rest_q, rest_d)):
-        for g in range(groups.shape[1]):
-            product = codes[:, g].astype(np.float64) @ quants[:, g].T * d[:, g] * scale[:, g, None]
-            total = (scale[:, g] * codes[:, g].sum(axis=1, dtype=np.float32)).astype(np.float64)
-            minimum = total[:, None] * m[:, g]
+        codes = codes.reshape(len(x), *quants.shape[1:])
+        scale = scale.repeat(parts, axis=1)
+        for p in range(quants.shape[1]):
+            product = codes[:, p].astype(np.float64) @ quants[:, p].T * d[:, p] * scale[:, p, None]
+            total = (scale[:, p] * codes[:, p].sum(axis=1, dtype=np.float32)).astype(np.float64)
+            minimum = total[:, None] * m[:, p]
             y += product + minimum
             size += np.abs(product) + np.abs(minimum)
     # A slot that is no outlier in its tile adds zeros, which round nothing.
-    terms = (groups.shape[1] + outlier.sum(axis=1)) * (2 if np.any(m) else 1)
+    terms = (groups.shape[1] + outlier.sum(axis=1)) * parts * (2 if np.any(m) else 1)
     return y, np.array([gamma(n + 2) for n in terms])[:, None] * size
 
 
@@ -140,24 +150,3 @@ def quantise(x: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.fl
     d[d < 1e-36] = 0  # 1/d would overflow
     inverse = np.divide(np.float32(1), d, out=np.zeros_like(d), where=d > 0)
     return np.rint(x * inverse[..., None]), d
-
-
-def block_parts(
-    weight: Weight,
-) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
-    """Signed integers [rows, groups, 32], scales and minimums [rows, groups] of a block-quantised matrix."""
-    format = weight.format
-    assert isinstance(format, BlockFormat)
-    rows, columns = weight.shape
-    blocks = weight.arrays["blocks"].view(np.uint8).reshape(rows, columns // 32, format.block_bytes)
-
-    def half(offset: int) -> NDArray[np.float64]:
-        return np.ascontiguousarray(blocks[..., offset : offset + 2]).view("<f2")[..., 0].astype(np.float64)
-
-    if format is Q8_0:
-        return blocks[..., 2:].view(np.int8).astype(np.float64), half(0), np.zeros(blocks.shape[:2])
-    nibbles = blocks[..., format.block_bytes - 16 :]
-    codes = np.concatenate([nibbles & 15, nibbles >> 4], axis=-1).astype(np.float64)
-    if format is Q4_0:
-        return codes - 8, half(0), np.zeros(blocks.shape[:2])
-    return codes, half(0), half(2)

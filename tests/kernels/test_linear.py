@@ -16,18 +16,20 @@ from tests.kernels.programs import (
     gamma,
     int8_linear,
     logits_program,
+    whole_blocks,
 )
 from tests.tiny_models import dense, make_batch, random_weight
 
 from hexad.backends.reference import silu
 from hexad.graph import Graph, Node
 from hexad.weights import Weight
-from hexad.weights.ggml import BlockFormat
+from hexad.weights.blocks import BlockFormat
 
 ROWS = (*range(1, 34), 100, 200)
 """Every tile width and both sides of the number of tiles from which panels are unpacked into strips."""
 
 # (out features, K): panels of 32 partly filled, K of one group, around the strip of 512 and past two of them.
+# For layouts of 256-column blocks K is rounded up: 256, 512, 768, 1280.
 SHAPES = [(1, 32), (31, 64), (33, 288), (70, 512), (40, 544), (65, 1056)]
 QUANTISED = [name for name, format in FORMATS.items() if isinstance(format, BlockFormat)]
 
@@ -55,8 +57,9 @@ def exact(x: NDArray[np.float32], w: NDArray[np.float32]) -> NDArray[np.float64]
 @pytest.mark.parametrize("layout", FORMATS)
 def test_float(layout: str, shape: tuple[int, int], isa: str) -> None:
     rng = np.random.default_rng(1)
-    weight = random_weight(rng, shape, FORMATS[layout])
-    x = rows_of(rng, 33, shape[1])
+    columns = whole_blocks(shape[1], layout)
+    weight = random_weight(rng, (shape[0], columns), FORMATS[layout])
+    x = rows_of(rng, 33, columns)
     w = weight.dequantise()
     expected, bound = exact(x, w), float_bound(x, w)
     program = logits_program(x, weight, isa=isa, compute="float")
@@ -70,8 +73,9 @@ def test_float(layout: str, shape: tuple[int, int], isa: str) -> None:
 @pytest.mark.parametrize("layout", QUANTISED)
 def test_int8(layout: str, shape: tuple[int, int], isa: str) -> None:
     rng = np.random.default_rng(2)
-    weight = random_weight(rng, shape, FORMATS[layout])
-    x = rows_of(rng, 33, shape[1])
+    columns = whole_blocks(shape[1], layout)
+    weight = random_weight(rng, (shape[0], columns), FORMATS[layout])
+    x = rows_of(rng, 33, columns)
     expected, bound = int8_linear(x, weight)
     program = logits_program(x, weight, isa=isa, compute="int8")
     for rows in range(1, 34):
@@ -85,24 +89,29 @@ def test_int8_against_float(layout: str) -> None:
     |Δ| ≤ Σ_g Σ_k |w_k| · d_g/2 (· 1/127), with 1 % for the float32 arithmetic of it all. An outlier group
     without its second pass would break the bound."""
     rng = np.random.default_rng(3)
-    weight = random_weight(rng, (64, 576), FORMATS[layout])
-    x = rng.normal(0, 1, (30, 576)).astype(np.float32)
+    columns = whole_blocks(576, layout)
+    groups = columns // 32
+    weight = random_weight(rng, (64, columns), FORMATS[layout])
+    x = rng.normal(0, 1, (30, columns)).astype(np.float32)
     x[:, [5, 300]] = rng.choice([-1, 1], (30, 2)) * rng.uniform(30, 40, (30, 2))  # in groups 0 and 9
     w = weight.dequantise()
-    d = np.abs(x).reshape(30, 18, 32).max(axis=2) / 127
+    d = np.abs(x).reshape(30, groups, 32).max(axis=2) / 127
     outlier = d**2 > 4 * np.mean(d**2, axis=1, keepdims=True)
     assert outlier[:, [0, 9]].all()
     assert outlier.sum() == 60
     worst = np.where(outlier, d / 127, d) / 2
-    bound = 1.01 * worst @ np.abs(w).reshape(64, 18, 32).sum(axis=2).T.astype(np.float64)
+    bound = 1.01 * worst @ np.abs(w).reshape(64, groups, 32).sum(axis=2).T.astype(np.float64)
     program = logits_program(x, weight, isa=ISAS[0], compute="int8")
     program.forward(make_batch([(range(30), 0, [0])], sample="all"))
     assert_within(program.logits(), exact(x, w), bound)
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("groups", [9, 12, 20, 24])
-def test_most_outliers(groups: int, isa: str) -> None:
+@pytest.mark.parametrize(
+    ("groups", "layout"),
+    [(9, "w8"), (12, "w8"), (20, "w8"), (24, "w8"), (24, "w2k"), (24, "w6k"), (40, "w5k")],
+)
+def test_most_outliers(groups: int, layout: str, isa: str) -> None:
     """As many outlier groups as a tile can have: each row has a quarter of all groups, equally large and its
     own, and nothing else. In exact arithmetic a whole quarter is just no outlier; these numbers are such that
     float32 rounds the mean of squares down, and it would be. All but the last of them have room."""
@@ -115,7 +124,7 @@ def test_most_outliers(groups: int, isa: str) -> None:
         row[first : first + quarter] = rng.uniform(-0.9, 0.9, (quarter, 32)) * top
         row[first : first + quarter, 5] = top
     x = x.reshape(200, -1)
-    weight = random_weight(rng, (33, groups * 32), FORMATS["w8"])
+    weight = random_weight(rng, (33, groups * 32), FORMATS[layout])
     expected, bound = int8_linear(x, weight)
     program = RowProgram(
         x, lambda graph, rows: graph.linear(rows, "w"), 33, {"w.weight": weight}, isa=isa, compute="int8"
@@ -135,14 +144,18 @@ def all_outliers(largest: float, count: int, groups: int) -> bool:
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("compute", ["float", "int8"])
-def test_rows_do_not_see_each_other(compute: str, isa: str) -> None:
+@pytest.mark.parametrize("columns", [544, 768])
+def test_rows_do_not_see_each_other(columns: int, compute: str, isa: str) -> None:
     """A row's result is the same bits in any tile, block and company: 1 to 33 rows, 100 and 200."""
     rng = np.random.default_rng(5)
-    weights = {f"{name}.weight": random_weight(rng, (40, 544), format) for name, format in FORMATS.items()}
-    x = rows_of(rng, 200, 544)
+    formats = {name: format for name, format in FORMATS.items() if columns % format.block_size == 0}
+    weights = {
+        f"{name}.weight": random_weight(rng, (40, columns), format) for name, format in formats.items()
+    }
+    x = rows_of(rng, 200, columns)
 
     def build(graph: Graph, value: int) -> int:
-        parts = [graph.linear(value, name) for name in FORMATS]
+        parts = [graph.linear(value, name) for name in formats]
         total = parts[0]
         for part in parts[1:]:
             total = graph.add(total, part)
@@ -171,7 +184,7 @@ def project(x: np.ndarray, weight: Weight, bias: np.ndarray, compute: str) -> tu
 def test_mixed_formats_biases_and_epilogues(pair: tuple[str, str], compute: str, isa: str) -> None:
     """Projections of two formats read one x: side by side, gated, and added to a residual."""
     rng = np.random.default_rng(6)
-    out, columns, rows = 45, 320, 33
+    out, columns, rows = 45, whole_blocks(320, *pair), 33
     x = rng.normal(0, 1, (rows, columns)).astype(np.float32)
     a, b = (random_weight(rng, (out, columns), FORMATS[name]) for name in pair)
     back = random_weight(rng, (columns, columns), FORMATS[pair[0]])
@@ -217,7 +230,7 @@ def test_mixed_formats_biases_and_epilogues(pair: tuple[str, str], compute: str,
 def test_fusing_changes_no_bit(compute: str, isa: str) -> None:
     """Norm, projections of every format, gate, residual: fused or one op at a time, the same bits."""
     rng = np.random.default_rng(7)
-    columns = 288
+    columns = 512
     x = rows_of(rng, 40, columns)
     weights = {"n.weight": dense(rng.uniform(0.5, 1.5, columns))}
     for name, format in FORMATS.items():
@@ -226,9 +239,12 @@ def test_fusing_changes_no_bit(compute: str, isa: str) -> None:
 
     def build(graph: Graph, value: int) -> int:
         value = graph.add(value, graph.linear(graph.norm(value, "n", eps=1e-5), "w8"))
-        normed = graph.norm(value, "n", eps=1e-5)
-        gated = graph.gated(graph.linear(normed, "w4"), graph.linear(normed, "f16"), "silu")
-        value = graph.add(value, graph.linear(gated, "w4m"))
+        for gate, up, down in (
+            ("w4", "f16", "w4m"), ("w4k", "w6k", "w5"), ("w2k", "w3k", "bf16"), ("w5m", "w5k", "w8"),
+        ):  # fmt: skip
+            normed = graph.norm(value, "n", eps=1e-5)
+            gated = graph.gated(graph.linear(normed, gate), graph.linear(normed, up), "silu")
+            value = graph.add(value, graph.linear(gated, down))
         return graph.linear(graph.norm(value, "n", eps=1e-5), "f32")
 
     found = [
@@ -244,8 +260,9 @@ def test_fusing_changes_no_bit(compute: str, isa: str) -> None:
 def test_logits_of_many_rows(layout: str, isa: str) -> None:
     """More sample rows than logits exist at a time (32), and not adjacent."""
     rng = np.random.default_rng(8)
-    x = rng.normal(0, 1, (150, 64)).astype(np.float32)
-    weight = random_weight(rng, (77, 64), FORMATS[layout])
+    columns = whole_blocks(64, layout)
+    x = rng.normal(0, 1, (150, columns)).astype(np.float32)
+    weight = random_weight(rng, (77, columns), FORMATS[layout])
     program = logits_program(x, weight, isa=isa, compute="float")
     batch = make_batch([(range(150), 0, range(5))], sample="all")
     program.forward(batch)
@@ -263,8 +280,9 @@ def test_logits_of_many_rows(layout: str, isa: str) -> None:
 def test_int8_of_what_is_not_finite(layout: str, isa: str) -> None:
     """A NaN or an infinity makes its own row NaN and no other of its tile; what is all but zero is zero."""
     rng = np.random.default_rng(9)
-    weight = random_weight(rng, (33, 320), FORMATS[layout])
-    x = rng.normal(0, 1, (24, 320)).astype(np.float32)
+    columns = whole_blocks(320, layout)
+    weight = random_weight(rng, (33, columns), FORMATS[layout])
+    x = rng.normal(0, 1, (24, columns)).astype(np.float32)
     program = logits_program(x, weight, isa=isa, compute="int8")
     program.forward(make_batch([(range(24), 0, [0])], sample="all"))
     clean = program.logits()

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from tests.kernels.programs import FORMATS, ISAS, RowProgram, assert_within, gamma
+from tests.kernels.programs import FORMATS, ISAS, RowProgram, assert_within, gamma, whole_blocks
 from tests.tiny_models import dense, make_batch, random_weight
 
 from hexad.graph import RopeSpec
@@ -23,7 +23,10 @@ U = 2.0**-24
 def test_embed(layout: str, isa: str) -> None:
     """A dequantised row is exact: one or two roundings, the same in the definition."""
     rng = np.random.default_rng(0)
-    for vocab, width in [(1, 32), (33, 96), (100, 320)] + ([(70, 20), (5, 1)] if layout[0] == "f" else []):
+    shapes = [
+        (vocab, whole_blocks(width, layout)) for vocab, width in [(1, 32), (33, 96), (100, 320), (70, 768)]
+    ]
+    for vocab, width in shapes + ([(70, 20), (5, 1)] if FORMATS[layout].block_size == 1 else []):
         table = random_weight(rng, (vocab, width), FORMATS[layout], std=1.0)
         program = RowProgram(table, lambda graph, rows: rows, width, isa=isa)
         tokens = rng.integers(0, vocab, 33)

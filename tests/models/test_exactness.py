@@ -26,7 +26,8 @@ from hexad.config import BLOCK_TOKENS
 from hexad.graph import Graph
 from hexad.graph.fuse import fuse
 from hexad.models import build_graph
-from hexad.weights import F16, Q4_0, Q4_1, Q8_0, Weight
+from hexad.weights import Weight
+from hexad.weights.ggml import FORMATS
 
 Compute = Literal["int8", "float"]
 CHUNKS = (1, 7, 32, 100)
@@ -38,12 +39,19 @@ LOUD = (3, 40, 170)  # features that a norm makes much larger than the rest: out
 
 @pytest.fixture(scope="module")
 def tiny() -> TinyModel:
-    """Every packed layout, ten groups in K, grouped queries, head sizes off the vector width, outliers."""
+    """Every packed layout, 9 and 16 groups in K, grouped queries, heads off the vector width, outliers."""
+    formats = {format.name: format for format in FORMATS.values()}
+    chosen = {
+        "0.self_attn.q": "Q4_K", "0.self_attn.k": "Q4_1", "0.self_attn.v": "Q8_0", "0.self_attn.o": "F16",
+        "0.mlp.gate": "Q2_K", "0.mlp.up": "Q3_K", "0.mlp.down": "Q4_0",
+        "1.self_attn.q": "Q5_K", "1.self_attn.k": "Q6_K", "1.self_attn.v": "Q5_1", "1.self_attn.o": "Q5_0",
+        "1.mlp.gate": "BF16", "1.mlp.up": "Q6_K", "1.mlp.down": "Q4_1", "embed": "Q8_0",
+    }  # fmt: skip
     model = tiny_llama(
-        hidden=320, intermediate=352, layers=2, heads=6, kv_heads=2, head_dim=48, vocab=200, context=1024,
-        format=Q4_1, formats={"v_proj": Q8_0, "o_proj": F16, "down_proj": Q4_0, "embed": Q8_0},
-        attention_bias=True,
+        hidden=512, intermediate=288, layers=2, heads=6, kv_heads=2, head_dim=48, vocab=200, context=1024,
+        attention_bias=True, formats={key: formats[name] for key, name in chosen.items()},
     )  # fmt: skip
+    assert {weight.format for weight in model.weights.values()} == set(FORMATS.values())
     for name, weight in model.weights.items():
         if "norm" in name:
             scale = weight.dequantise().copy()

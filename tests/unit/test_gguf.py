@@ -254,7 +254,7 @@ BROKEN = {
     "product wraps to 0": (write({}, [replace(ONE, shape=(2**63, 2, 2))]), CheckpointError, "more elements"),
     "unknown type": (write({}, [replace(ONE, type=99)]), UnsupportedError, r"'one' has type .* \(id 99\)"),
     "removed type": (write({}, [replace(ONE, type=4)]), UnsupportedError, r"'one' has type .* \(id 4\)"),
-    "type not read": (write({}, [replace(ONE, type=12)]), UnsupportedError, r"'one' has type Q4_K \(id 12\)"),
+    "type not read": (write({}, [replace(ONE, type=16)]), UnsupportedError, r"has type IQ2_XXS \(id 16\)"),
     "part of a block": (
         write({}, [Tensor("q", (2, 48), TYPE_Q4_0, bytes(54))]),
         CheckpointError,

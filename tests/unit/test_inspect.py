@@ -11,11 +11,14 @@ from numpy.typing import NDArray
 from rich.console import Console
 from tests.tiny_models import TinyModel, tiny_llama
 
+from hexad.backends.cpu.layouts import layout_of
 from hexad.cli.inspect import WIDTH, Report
 from hexad.config import EngineConfig
+from hexad.errors import BackendError
 from hexad.graph.fuse import fuse
 from hexad.placement import Hardware
 from hexad.weights import Q4_0, Q4_1, Q8_0, Weight, WeightFormat
+from hexad.weights.ggml import FORMATS
 
 MACHINE = Hardware(2, 2**33, "avx512vnni", bandwidth=20e9, int8_rate=600e9)
 
@@ -92,13 +95,21 @@ def test_a_node_of_mixed_formats_has_a_row_for_each() -> None:
     assert lines[row + 1].split()[:4] == ["linear", "v", "Q8_0", "w8"]
 
 
-def test_what_has_no_layout_says_so() -> None:
+def test_what_has_no_layout_is_refused() -> None:
     model = quantised()
     for name, weight in model.weights.items():
         if "gate_proj" in name or "up_proj" in name:
             model.weights[name] = Weight(Exotic(), weight.shape, {})
-    line = find(report(model), "norm, gate, up, silu")
-    assert line.split()[5:11] == ["IQ9_XXS", "f32", "expanded", "float", "·", "avx512vnni"]
+    with pytest.raises(BackendError, match="no packed layout for IQ9_XXS weights"):
+        report(model)
+
+
+def test_every_format_that_is_read_has_a_layout() -> None:
+    """Of about the size it has in the file: scales of 6 bits become bytes."""
+    for format in FORMATS.values():
+        shape = (64, 2 * max(32, format.block_size))
+        packed = layout_of(Weight(format, shape, {})).nbytes(shape)
+        assert format.nbytes(shape) <= packed <= 1.04 * format.nbytes(shape)
 
 
 def test_float_compute_shows() -> None:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from tests.gguf_writer import TYPES, random_blocks
+from tests.gguf_writer import SCALES, TYPES, random_blocks
+from tests.tiny_models import dense
 
-from hexad.weights import F16, F32, Q4_0, Q4_1, Q8_0
+from hexad.weights import BF16, F16, F32, Q4_0, Q4_1, Q5_0, Q5_1, Q6_K, Q8_0
+from hexad.weights.blocks import BlockFormat
 from hexad.weights.ggml import FORMATS, TYPE_NAMES
 
+BLOCK_FORMATS = [format for format in FORMATS.values() if isinstance(format, BlockFormat)]
 every_format = pytest.mark.parametrize("type_id", FORMATS, ids=lambda type_id: FORMATS[type_id].name)
 
 
@@ -30,13 +33,16 @@ def test_registered_as_gguf_defines_it(type_id):
 
 @pytest.mark.oracle
 @every_format
-@pytest.mark.parametrize("shape", [(64,), (7, 96), (3, 5, 32)])
+@pytest.mark.parametrize("shape", [(2,), (7, 3), (3, 5, 1)])
 def test_dequantise_is_bit_equal_to_the_gguf_package(type_id, shape):
     quants = pytest.importorskip("gguf.quants")
     constants = pytest.importorskip("gguf.constants")
+    shape = (*shape[:-1], shape[-1] * max(32, FORMATS[type_id].block_size))
     weight = weight_of(type_id, shape)
     stored = next(iter(weight.arrays.values()))
-    expected = quants.dequantize(stored, constants.GGMLQuantizationType(type_id)).reshape(shape)
+    expected = quants.dequantize(stored.view(np.uint8), constants.GGMLQuantizationType(type_id)).reshape(
+        shape
+    )
     actual = weight.dequantise()
     assert actual.dtype == np.float32
     assert actual.flags.c_contiguous
@@ -45,20 +51,23 @@ def test_dequantise_is_bit_equal_to_the_gguf_package(type_id, shape):
 
 
 @pytest.mark.oracle
-@pytest.mark.parametrize("format", [Q4_0, Q4_1, Q8_0], ids=lambda format: format.name)
+@pytest.mark.parametrize("format", BLOCK_FORMATS, ids=lambda format: format.name)
 def test_dequantise_agrees_with_the_gguf_package_for_every_scale(format):
+    """Every fp16 as d, and as m, above random codes and small scales."""
     quants = pytest.importorskip("gguf.quants")
     constants = pytest.importorskip("gguf.constants")
     rng = np.random.default_rng(1)
-    blocks = rng.integers(0, 256, (2**16, format.block_bytes), dtype=np.uint8)
-    blocks[:, :2] = np.arange(2**16, dtype="<u2").view(np.uint8).reshape(-1, 2)
-    with np.errstate(all="ignore"):
-        expected = quants.dequantize(blocks, constants.GGMLQuantizationType[format.name])
-    actual = format.from_bytes(blocks.reshape(-1), (2**16, 32)).dequantise()
-    np.testing.assert_array_equal(actual, expected)  # NaNs equal, whatever their payload
-    finite = np.isfinite(expected)
-    assert finite.any()
-    np.testing.assert_array_equal(bits(actual)[finite], bits(expected)[finite])
+    every = np.arange(2**16, dtype="<u2").view(np.uint8).reshape(-1, 2)
+    for offset in (offset for offset in SCALES[format.name][:2] if offset is not None):
+        blocks = rng.integers(0, 256, (2**16, format.block_bytes), dtype=np.uint8)
+        blocks[:, offset : offset + 2] = every
+        with np.errstate(all="ignore"):
+            expected = quants.dequantize(blocks, constants.GGMLQuantizationType[format.name])
+        actual = format.from_bytes(blocks.reshape(-1), (2**16, format.block_size)).dequantise()
+        np.testing.assert_array_equal(actual, expected)  # NaNs equal, whatever their payload
+        finite = np.isfinite(expected)
+        assert finite.any()
+        np.testing.assert_array_equal(bits(actual)[finite], bits(expected)[finite])
 
 
 def test_blocks_by_hand():
@@ -73,12 +82,40 @@ def test_blocks_by_hand():
     np.testing.assert_array_equal(dequantise(Q4_0, half + nibbles), 0.5 * (q - 8))
     np.testing.assert_array_equal(dequantise(Q4_1, half + one + nibbles), 0.5 * q + 1)
     np.testing.assert_array_equal(dequantise(Q8_0, half + codes.tobytes()), 0.5 * codes)
+    high = np.arange(32) % 3 == 0
+    fifth = np.packbits(high, bitorder="little").tobytes()
+    np.testing.assert_array_equal(dequantise(Q5_0, half + fifth + nibbles), 0.5 * (q + 16 * high - 16))
+    np.testing.assert_array_equal(dequantise(Q5_1, half + one + fifth + nibbles), 0.5 * (q + 16 * high) + 1)
+
+
+def test_a_k_quant_by_hand():
+    """Q6_K, weight by weight as ggml's documentation of the block says."""
+    rng = np.random.default_rng(0)
+    raw = rng.integers(0, 256, 210, dtype=np.uint8)
+    raw[208:] = np.frombuffer(np.float16(0.5).tobytes(), np.uint8)
+    expected = np.zeros(256, np.float32)
+    scales = raw[192:208].view(np.int8)
+    for i in range(256):
+        part, k = divmod(i, 128)
+        run, byte = divmod(k, 32)
+        low = raw[64 * part + 32 * (run % 2) + byte] >> 4 * (run // 2) & 15
+        high = raw[128 + 32 * part + byte] >> 2 * run & 3
+        expected[i] = 0.5 * int(scales[i // 16]) * (int(low) + 16 * int(high) - 32)
+    np.testing.assert_array_equal(Q6_K.from_bytes(raw, (256,)).dequantise(), expected)
+
+
+def test_bfloat16_is_the_upper_half_of_a_float32():
+    values = np.array([1.0, -2.5, np.inf, 3e38, 1e-40], np.float32)
+    raw = (values.view(np.uint32) >> 16).astype("<u2")
+    cut = (values.view(np.uint32) & 0xFFFF0000).view(np.float32)
+    np.testing.assert_array_equal(BF16.from_bytes(raw.view(np.uint8), (5,)).dequantise(), cut)
 
 
 @every_format
 def test_take_rows_is_indexing(type_id):
     rows = np.array([4, 0, 0, 2])
-    for shape in [(5, 64), (5, 3, 32)]:
+    size = max(32, FORMATS[type_id].block_size)
+    for shape in [(5, 2 * size), (5, 3, size)]:
         weight = weight_of(type_id, shape)
         taken = weight.take_rows(rows)
         assert taken.shape == (4, *shape[1:])
@@ -90,25 +127,25 @@ def test_take_rows_is_indexing(type_id):
         np.testing.assert_array_equal(taken.dequantise(), weight.dequantise()[rows])
 
 
-@pytest.mark.parametrize("format", [F32, F16], ids=lambda format: format.name)
+@pytest.mark.parametrize("format", [F32, F16, BF16], ids=lambda format: format.name)
 def test_take_rows_of_a_dense_vector(format):
-    values = np.arange(6, dtype=format.dtype)
-    weight = format.from_bytes(values.view(np.uint8), (6,))
+    weight = dense(np.arange(6.0), format)
     np.testing.assert_array_equal(weight.take_rows(np.array([5, 1])).dequantise(), [5, 1])
 
 
-@pytest.mark.parametrize("format", [Q4_0, Q4_1, Q8_0], ids=lambda format: format.name)
+@pytest.mark.parametrize("format", BLOCK_FORMATS, ids=lambda format: format.name)
 def test_block_formats_refuse_what_blocks_cannot_do(format):
-    with pytest.raises(ValueError, match="multiples of 32, not 48"):
-        format.nbytes((4, 48))
-    vector = format.from_bytes(np.zeros(format.block_bytes, np.uint8), (32,))
+    size = format.block_size
+    with pytest.raises(ValueError, match=f"multiples of {size}, not {size + 16}"):
+        format.nbytes((4, size + 16))
+    vector = format.from_bytes(np.zeros(format.block_bytes, np.uint8), (size,))
     with pytest.raises(ValueError, match="cannot be taken singly"):
         vector.take_rows(np.array([0]))
 
 
 @every_format
 def test_arrays_are_views(type_id):
-    raw = np.frombuffer(random_blocks(np.random.default_rng(0), type_id, (4, 64)), np.uint8)
-    weight = FORMATS[type_id].from_bytes(raw, (4, 64))
+    raw = np.frombuffer(random_blocks(np.random.default_rng(0), type_id, (4, 512)), np.uint8)
+    weight = FORMATS[type_id].from_bytes(raw, (4, 512))
     assert all(np.shares_memory(array, raw) for array in weight.arrays.values())
     assert weight.nbytes == raw.nbytes

@@ -194,8 +194,6 @@ class Report:
         format = layout = ""
         for weight in (weights[name] for name in names if len(weights[name].shape) == 2):
             format, layout = weight.format.name, layout_of(weight).name
-            if layout == "f32" and format != "F32":
-                layout = "f32 expanded"
         sizes = sum(weights[name].nbytes for name in fresh), sum(self.packed[name] for name in fresh)
         return _Row(node.op.removeprefix("fused_"), ", ".join(reads), format, layout, kernel, sizes)
 

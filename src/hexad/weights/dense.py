@@ -30,16 +30,16 @@ class DenseFormat(WeightFormat):
         return Weight(self, (len(rows), *weight.shape[1:]), {"data": weight.arrays["data"][rows]})
 
 
-F32 = DenseFormat("F32", "<f4")
-F16 = DenseFormat("F16", "<f2")
+class Bfloat16(DenseFormat):
+    """The upper half of a float32. NumPy has no such type: "data" holds the bits, uint16."""
 
-
-class _BFloat16(DenseFormat):
-    """The upper half of a float32, as uint16: NumPy has no such type."""
+    def __init__(self) -> None:
+        super().__init__("BF16", "<u2")
 
     def dequantise(self, weight: Weight) -> NDArray[np.float32]:
-        halves = np.ascontiguousarray(weight.arrays["data"], dtype=np.uint32)
-        return (halves << 16).view(np.float32)
+        return (weight.arrays["data"].astype(np.uint32, order="C") << 16).view(np.float32)
 
 
-BF16 = _BFloat16("BF16", "<u2")
+F32 = DenseFormat("F32", "<f4")
+F16 = DenseFormat("F16", "<f2")
+BF16 = Bfloat16()

@@ -1,46 +1,18 @@
-"""The block formats of ggml, and every tensor type of GGUF by its id.
+"""ggml's blocks of 32 weights, and every tensor type of GGUF by its id.
 
-A row is a whole number of blocks, each with its own fp16 scale `d` (and minimum `m`). Layouts:
-ggml's `block_q4_0` and siblings. A new format is one class here and one row in FORMATS.
+A block has its own fp16 scale `d` (and minimum `m`). Layouts: ggml's `block_q4_0` and siblings. A new format
+is one class, here or in kquants.py, and one row in FORMATS.
 """
 
 from __future__ import annotations
 
-import math
-from abc import abstractmethod
-
 import numpy as np
 from numpy.typing import NDArray
 
-from hexad.weights.dense import F16, F32
-from hexad.weights.weight import Weight, WeightFormat
-
-_F16 = np.dtype("<f2")
-
-
-class BlockFormat(WeightFormat):
-    """Rows of packed blocks in one array "blocks", uint8 [rows, bytes per row].
-
-    Rows are all axes of the shape but the last, flattened.
-    """
-
-    def dequantise(self, weight: Weight) -> NDArray[np.float32]:
-        blocks = weight.arrays["blocks"].view(np.uint8).reshape(-1, self.block_bytes)
-        out = np.empty((len(blocks), self.block_size), np.float32)
-        with np.errstate(invalid="ignore", over="ignore"):  # scales of a damaged file may be inf or NaN
-            self.dequantise_blocks(blocks, out)
-        return out.reshape(weight.shape)
-
-    def take_rows(self, weight: Weight, rows: NDArray[np.int64]) -> Weight:
-        if len(weight.shape) < 2:
-            raise ValueError(f"a {self.name} vector is one row of blocks; its weights cannot be taken singly")
-        shape = (len(rows), *weight.shape[1:])
-        blocks = weight.arrays["blocks"].reshape(weight.shape[0], -1)
-        return Weight(self, shape, {"blocks": blocks[rows].reshape(math.prod(shape[:-1]), -1)})
-
-    @abstractmethod
-    def dequantise_blocks(self, blocks: NDArray[np.uint8], out: NDArray[np.float32]) -> None:
-        """Writes blocks, uint8 [n, block_bytes], to out, float32 [n, block_size]."""
+from hexad.weights.blocks import BlockFormat, half
+from hexad.weights.dense import BF16, F16, F32
+from hexad.weights.kquants import Q2_K, Q3_K, Q4_K, Q5_K, Q6_K
+from hexad.weights.weight import WeightFormat
 
 
 class Q4Zero(BlockFormat):
@@ -51,7 +23,7 @@ class Q4Zero(BlockFormat):
     def dequantise_blocks(self, blocks: NDArray[np.uint8], out: NDArray[np.float32]) -> None:
         _unpack_nibbles(blocks[:, 2:], out)
         out -= 8
-        out *= _half(blocks, 0)
+        out *= half(blocks, 0)
 
 
 class Q4One(BlockFormat):
@@ -61,8 +33,32 @@ class Q4One(BlockFormat):
 
     def dequantise_blocks(self, blocks: NDArray[np.uint8], out: NDArray[np.float32]) -> None:
         _unpack_nibbles(blocks[:, 4:], out)
-        out *= _half(blocks, 0)
-        out += _half(blocks, 2)
+        out *= half(blocks, 0)
+        out += half(blocks, 2)
+
+
+class Q5Zero(BlockFormat):
+    """d, 32 high bits in order, then 16 bytes of nibbles as in Q4_0. y = d(q − 16)."""
+
+    name, block_size, block_bytes = "Q5_0", 32, 22
+
+    def dequantise_blocks(self, blocks: NDArray[np.uint8], out: NDArray[np.float32]) -> None:
+        _unpack_nibbles(blocks[:, 6:], out)
+        out += 16.0 * _bits(blocks[:, 2:6])
+        out -= 16
+        out *= half(blocks, 0)
+
+
+class Q5One(BlockFormat):
+    """d, m, 32 high bits in order, then 16 bytes of nibbles as in Q4_0. y = d·q + m."""
+
+    name, block_size, block_bytes = "Q5_1", 32, 24
+
+    def dequantise_blocks(self, blocks: NDArray[np.uint8], out: NDArray[np.float32]) -> None:
+        _unpack_nibbles(blocks[:, 8:], out)
+        out += 16.0 * _bits(blocks[:, 4:8])
+        out *= half(blocks, 0)
+        out += half(blocks, 2)
 
 
 class Q8Zero(BlockFormat):
@@ -72,12 +68,7 @@ class Q8Zero(BlockFormat):
 
     def dequantise_blocks(self, blocks: NDArray[np.uint8], out: NDArray[np.float32]) -> None:
         out[:] = blocks[:, 2:].view(np.int8)
-        out *= _half(blocks, 0)
-
-
-def _half(blocks: NDArray[np.uint8], offset: int) -> NDArray[np.float32]:
-    """The fp16 at this byte of every block, float32 [n, 1]."""
-    return np.ascontiguousarray(blocks[:, offset : offset + 2]).view(_F16).astype(np.float32)
+        out *= half(blocks, 0)
 
 
 def _unpack_nibbles(packed: NDArray[np.uint8], out: NDArray[np.float32]) -> None:
@@ -87,11 +78,21 @@ def _unpack_nibbles(packed: NDArray[np.uint8], out: NDArray[np.float32]) -> None
     np.right_shift(packed, 4, out=out[:, half:])
 
 
+def _bits(packed: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """One number per bit, the lowest of each byte first."""
+    return np.unpackbits(packed, axis=1, bitorder="little").astype(np.float32)
+
+
 Q4_0 = Q4Zero()
 Q4_1 = Q4One()
+Q5_0 = Q5Zero()
+Q5_1 = Q5One()
 Q8_0 = Q8Zero()
 
-FORMATS: dict[int, WeightFormat] = {0: F32, 1: F16, 2: Q4_0, 3: Q4_1, 8: Q8_0}
+FORMATS: dict[int, WeightFormat] = {
+    0: F32, 1: F16, 2: Q4_0, 3: Q4_1, 6: Q5_0, 7: Q5_1, 8: Q8_0,
+    10: Q2_K, 11: Q3_K, 12: Q4_K, 13: Q5_K, 14: Q6_K, 30: BF16,
+}  # fmt: skip
 """The tensor types hexad reads, by GGUF type id."""
 
 TYPE_NAMES = {

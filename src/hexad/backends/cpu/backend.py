@@ -165,16 +165,6 @@ class CpuExecutable:
         _checked(lambda: self.program.copy_blocks(pairs))
 
 
-def kernel_of(weight: Weight, compute: str, isa: str) -> str:
-    """What multiplies a matrix, for people: e.g. "int8 · avx512vnni"."""
-    layout = layout_of(weight)
-    arithmetic = "int8" if layout.quantised and compute == "int8" else "float"
-    expanded = (
-        "" if layout.name != "f32" or weight.format.name == "F32" else f", expanded from {weight.format.name}"
-    )
-    return f"{arithmetic} · {isa}{expanded}"
-
-
 def _checked(call: Callable[[], T]) -> T:
     """The native core speaks in Python's own errors; its callers in BackendError."""
     try:

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from hexad import _native
-from hexad.backends.cpu.layouts import layout_of
 from hexad.errors import BackendError
 from hexad.graph import Graph, Node, RopeSpec
 from hexad.weights import Weight
@@ -113,12 +112,9 @@ class _Lowering:
         if name not in self.matrices:
             weight = self.weights[name]
             rows, columns = weight.shape
-            if layout_of(weight).name == "f32":
-                stored, data = "F32", weight.dequantise().view(np.uint8)
-            else:
-                stored = weight.format.name
-                (array,) = weight.arrays.values()
-                data = np.ascontiguousarray(array).view(np.uint8)
+            stored = weight.format.name
+            (array,) = weight.arrays.values()
+            data = np.ascontiguousarray(array).view(np.uint8)
             handle = self.program.add_weight(stored, rows, columns)
             self.program.pack_weight(handle, stored, data.reshape(-1))
             self.matrices[name] = handle
