@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hexad.checkpoint.checkpoint import Checkpoint
-from hexad.checkpoint.gguf import GGUFFile
+from hexad.checkpoint.gguf_shards import open_gguf
 from hexad.checkpoint.names import map_weights, read_config, read_generation_defaults
 from hexad.errors import CheckpointError, ModelNotFoundError, UnsupportedError
 
@@ -18,7 +18,7 @@ _PICKLES = (b"PK\x03\x04", b"\x80\x02")  # torch.save, new and old
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """The model at this path: a GGUF file.
+    """The model at this path: a GGUF file, or any one part of a model in several.
 
     Raises ModelNotFoundError if there is nothing, CheckpointError if it is malformed, and UnsupportedError if
     it is no GGUF file, or of an architecture, type or setting hexad does not know. Each names the path.
@@ -48,7 +48,8 @@ def _refuse_other_formats(path: Path) -> None:
 
 
 def _open_gguf(path: Path) -> Checkpoint:
-    file = GGUFFile(path)
+    file = open_gguf(path)
+    path = file.path  # the first part, if there are several
     try:
         config = read_config(file)
         weights = map_weights(file, config)
