@@ -1,13 +1,14 @@
 """Writes GGUF bytes for tests, valid or broken in one chosen place. Independent of hexad's reader.
 
 write(metadata, tensors) → bytes. `metadata` is a dict (or, to repeat a key, a list of pairs) of Python values
-or `Typed` ones; `tensors` a list of `Tensor`. `llama(...)` gives both for a tiny random model.
+or `Typed` ones; `tensors` a list of `Tensor`. `llama(...)` gives both for a tiny random model, and
+`write_parts(...)` writes a model into several files.
 """
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -139,6 +140,24 @@ def write(
         head += struct.pack("<IQ", tensor.type, offset)
         data += tensor.data + bytes(-len(tensor.data) % alignment)
     return head + bytes(-len(head) % alignment) + data
+
+
+def write_parts(
+    metadata: Mapping[str, Any], tensors: Sequence[Tensor], sizes: Sequence[int], name: str = "model"
+) -> dict[str, bytes]:
+    """The files of a model in several by their names; sizes: how many tensors each has."""
+    files = {}
+    rest = iter(tensors)
+    for i, size in enumerate(sizes):
+        keys = {
+            **(metadata if i == 0 else {}),
+            "split.no": Typed(U16, i),
+            "split.count": Typed(U16, len(sizes)),
+            "split.tensors.count": Typed(I32, len(tensors)),
+        }
+        part = f"{name}-{i + 1:05}-of-{len(sizes):05}.gguf"
+        files[part] = write(keys, [next(rest) for _ in range(size)])
+    return files
 
 
 def random_blocks(rng: np.random.Generator, type_id: int, shape: tuple[int, ...]) -> bytes:

@@ -285,7 +285,6 @@ def test_absurd_value_is_refused(save, key, value, reason):
     [
         ("general.architecture", "mamba", "architecture 'mamba' is not supported; hexad knows llama"),
         ("general.type", "adapter", "holds 'adapter', not a model"),
-        ("split.count", 3, "one of 3 parts"),
         ("llama.rope.scaling.type", "yarn", "rope.scaling.type' to 'yarn'"),
         ("llama.rope.scaling.factor", 4.0, "rope.scaling.factor"),
         ("llama.rope.scale_linear", 2.0, "rope.scale_linear"),

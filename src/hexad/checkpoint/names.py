@@ -288,10 +288,6 @@ def _architecture(file: GGUFFile) -> Architecture:
         _fail(file, f"general.architecture is {name!r:.80}; a string expected")
     if metadata.get("general.type", "model") != "model":
         raise UnsupportedError(f"{file.path}: holds {metadata['general.type']!r:.80}, not a model")
-    if metadata.get("split.count", 1) not in (0, 1):
-        raise UnsupportedError(
-            f"{file.path}: one of {metadata['split.count']!r:.80} parts of a model; merge them into one file"
-        )
     if name not in ARCHITECTURES:
         known = ", ".join(sorted(ARCHITECTURES))
         raise UnsupportedError(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from hexad.checkpoint import hf_folder
 from hexad.checkpoint.checkpoint import Checkpoint
-from hexad.checkpoint.gguf import GGUFFile
+from hexad.checkpoint.gguf_shards import open_gguf
 from hexad.checkpoint.hub import gguf_models
 from hexad.checkpoint.names import map_weights, read_config, read_generation_defaults
 from hexad.errors import CheckpointError, ModelNotFoundError, UnsupportedError
@@ -20,7 +20,7 @@ _PICKLES = (b"PK\x03\x04", b"\x80\x02")  # torch.save, new and old
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """The model at this path: a GGUF file; a folder as Hugging Face's libraries save it (config.json and
+    """The model at this path: a GGUF file, or any one part of a model in several; a folder as Hugging Face's libraries save it (config.json and
     safetensors), or one of the safetensors files in it; or a folder whose only model is a GGUF file.
 
     Raises ModelNotFoundError if there is nothing, CheckpointError if it is malformed, and UnsupportedError if
@@ -79,7 +79,8 @@ def _open_shard(path: Path) -> Checkpoint:
 
 
 def _open_gguf(path: Path) -> Checkpoint:
-    file = GGUFFile(path)
+    file = open_gguf(path)
+    path = file.path  # the first part, if there are several
     try:
         config = read_config(file)
         weights = map_weights(file, config)
