@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from hexad.checkpoint.tokenizer import byte_alphabet, tokenizer_from_gguf
+from hexad.checkpoint.gguf_tokenizer import tokenizer_from_gguf
+from hexad.checkpoint.tokenizer import byte_alphabet
 
 EOS, THINK, END_THINK = 256, 257, 258
 

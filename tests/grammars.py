@@ -9,14 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from hexad.checkpoint.tokenizer import (
-    CONTROL,
-    NORMAL,
-    USER_DEFINED,
-    Tokenizer,
-    byte_alphabet,
-    tokenizer_from_gguf,
-)
+from hexad.checkpoint.gguf_tokenizer import tokenizer_from_gguf
+from hexad.checkpoint.tokenizer import CONTROL, NORMAL, USER_DEFINED, Tokenizer, byte_alphabet
 from hexad.params import StructuredOutputsParams
 from hexad.runner.grammar import Grammar, GrammarCompiler
 

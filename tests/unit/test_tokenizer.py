@@ -14,7 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hexad.checkpoint.gguf import GGUFFile
-from hexad.checkpoint.tokenizer import Tokenizer, byte_alphabet, supported_kind, tokenizer_from_gguf
+from hexad.checkpoint.gguf_tokenizer import supported_kind, tokenizer_from_gguf
+from hexad.checkpoint.tokenizer import Tokenizer, byte_alphabet
 from hexad.errors import PromptError, TokenizerError, UnsupportedError
 
 BYTES = byte_alphabet()

@@ -90,12 +90,12 @@ def _open_gguf(path: Path) -> Checkpoint:
         raise
 
     def load_tokenizer() -> Tokenizer:
-        from hexad.checkpoint.tokenizer import tokenizer_from_gguf  # late: it imports the tokenizers library
+        from hexad.checkpoint.gguf_tokenizer import tokenizer_from_gguf  # late: it imports much
 
         return tokenizer_from_gguf(file.metadata, path)
 
     def check_tokenizer() -> None:
-        from hexad.checkpoint.tokenizer import supported_kind
+        from hexad.checkpoint.gguf_tokenizer import supported_kind
 
         supported_kind(file.metadata, path)
 

@@ -1,35 +1,26 @@
 """Tokenizer: text to token ids and back, built from a checkpoint's own vocabulary.
 
-Encoding is byte-level BPE by the `tokenizers` library. Decoding is ours: a token stands for bytes, and a text
-is its tokens' bytes read as UTF-8, so that a streamed text is the whole text by construction.
+Encoding is the `tokenizers` library's. Decoding is ours: a token stands for bytes, and a text is its tokens'
+bytes read as UTF-8, so that a streamed text is the whole text by construction.
 """
 
 from __future__ import annotations
 
 import codecs
-import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Literal, Protocol, overload
 
 from hexad.checkpoint.chat_template import ChatTemplate
-from hexad.errors import PromptError, TokenizerError, UnsupportedError
+from hexad.errors import PromptError, TokenizerError
 
 if TYPE_CHECKING:
     import tokenizers
 
-T = TypeVar("T")
-
-logger = logging.getLogger(__name__)
-
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 """Token types of GGUF. Unknown, control and user-defined tokens are looked for in a text before it is split
-into words; unknown and control tokens have no text of their own."""
-
-ABSENT = 0xFFFFFFFF
-"""A special token's id in files of models that have no such token: -1, as an unsigned number."""
+into words; unknown and control tokens have no text of their own; a byte token, "<0x0A>", is that byte."""
 
 MAX_ELEMENTS = 1 << 22
 """Most tokens, and most merges, that a vocabulary may have: many times those of the largest models."""
@@ -45,67 +36,55 @@ END_OF_GENERATION = frozenset([
 """Control tokens that end a generation wherever a vocabulary has them: a model's metadata often names only
 one of those it was trained to stop with."""
 
-
-# How a text is split into words before BPE. Patterns apply in turn, each to the pieces the former left. They
-# are the models' own (from their tokenizer.json), in the Oniguruma syntax that `tokenizers` uses.
-
-_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-_CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-_REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_LLAMA3 = rf"{_CONTRACTION}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}|{_REST}"
-_QWEN2 = rf"{_CONTRACTION}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}|{_REST}"
-_QWEN35 = (
-    rf"{_CONTRACTION}|[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}\p{{M}}]+|\p{{N}}"
-    r"| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
-_CASED = (rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+", rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*")
-_CASED_REST = r" ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_TEKKEN = rf"{_CASED[0]}|{_CASED[1]}|\p{{N}}|{_CASED_REST}"
-_GPT4O = rf"{_CASED[0]}{_CONTRACTION}?|{_CASED[1]}{_CONTRACTION}?|\p{{N}}{{1,3}}|{_CASED_REST}"
-_DEEPSEEK3 = (
-    r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"""
-    r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")
+"""How byte tokens are written."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Split:
-    """One way of splitting, and what else goes with it in the models that use it.
+class Spelling(Protocol):
+    """How a vocabulary's tokens are written.
 
-    nfc: normalise to NFC first. ignore_merges: a word that is a token is that token, whatever the merges say.
-    add_bos: what an absent `add_bos_token` means.
+    space_prefix: encoding puts a space before a text, which decoding takes away again.
     """
 
-    patterns: tuple[str, ...]
-    nfc: bool = False
-    ignore_merges: bool = False
-    add_bos: bool = False
+    space_prefix: bool
+
+    def read(self, token: str, kind: int) -> bytes:
+        """The bytes that a token of a type with text in it (normal, unused or byte) stands for."""
+
+    def write(self, text: str) -> str:
+        """What the token would look like that stands for this text."""
 
 
-_DIGITS_FIRST = _Split((r"\p{N}", _GPT2))
-_LLAMA_BPE = _Split((_LLAMA3,), ignore_merges=True, add_bos=True)
-_SPLITS: dict[str, _Split] = {
-    **dict.fromkeys(
-        ("default", "gpt-2", "phi-2", "jais", "trillion", "exaone4", "gigachat"), _Split((_GPT2,))
-    ),
-    **dict.fromkeys(("mpt", "olmo"), _Split((_GPT2,), nfc=True)),
-    **dict.fromkeys(("smollm", "starcoder", "refact", "codeshell", "exaone", "minerva-7b"), _DIGITS_FIRST),
-    "command-r": _Split(_DIGITS_FIRST.patterns, nfc=True),
-    **dict.fromkeys(
-        ("llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "lfm2"), _LLAMA_BPE
-    ),
-    **dict.fromkeys(("dbrx", "smaug-bpe", "chatglm-bpe", "glm4"), _Split((_LLAMA3,))),
-    **dict.fromkeys(("qwen2", "deepseek-r1-qwen"), _Split((_QWEN2,), nfc=True)),
-    **dict.fromkeys(("stablelm2", "megrez", "hunyuan", "grok-2"), _Split((_QWEN2,))),
-    "qwen35": _Split((_QWEN35,), nfc=True),
-    "tekken": _Split((_TEKKEN,), ignore_merges=True, add_bos=True),
-    **dict.fromkeys(("gpt-4o", "llama4"), _Split((_GPT4O,))),
-    **dict.fromkeys(
-        ("deepseek-v3", "hunyuan-dense"), _Split((r"\p{N}{1,3}", r"[一-龥぀-ゟ゠-ヿ]+", _DEEPSEEK3))
-    ),
-    "falcon": _Split((r"[\p{P}$+<=>^`|~]+", _GPT2, r"[0-9][0-9][0-9]")),
-}
+class ByteLevel:
+    """Byte-level BPE's way: each character is a byte, by `byte_alphabet`."""
+
+    space_prefix = False
+
+    def __init__(self) -> None:
+        self._alphabet = byte_alphabet()
+        self._byte_of = {char: byte for byte, char in enumerate(self._alphabet)}
+
+    def read(self, token: str, kind: int) -> bytes:
+        try:
+            return bytes([self._byte_of[char] for char in token])
+        except KeyError:
+            return token.encode()
+
+    def write(self, text: str) -> str:
+        return "".join(self._alphabet[byte] for byte in text.encode("utf-8", "surrogatepass"))
+
+
+class SentencePiece:
+    """SentencePiece's way: characters are themselves, ▁ is a space, and there may be byte tokens."""
+
+    def __init__(self, *, space_prefix: bool) -> None:
+        self.space_prefix = space_prefix
+
+    def read(self, token: str, kind: int) -> bytes:
+        return bytes.fromhex(token[3:5]) if kind == BYTE else token.replace("▁", " ").encode()
+
+    def write(self, text: str) -> str:
+        return text.replace(" ", "▁")
 
 
 class TextStream:
@@ -129,26 +108,30 @@ class TextStream:
 class Tokenizer:
     """A model's vocabulary and how text becomes tokens of it.
 
+    encoder: of the `tokenizers` library; its post-processor adds the tokens around every text.
+    tokens, types: text and GGUF's type of each token, by id.
+    chat_templates: by name; "default" is for conversations, and "tool_use", where there is one, for those
+        with tools.
+
     vocab_size: number of tokens; ids are 0 … vocab_size - 1.
     bos_id: the token that begins a sequence, if the vocabulary names one.
     eos_id: the token that ends a text, if the vocabulary names one.
     eos_ids: the tokens that end a generation, any of them.
     special_ids: unknown and control tokens, which have no text of their own.
-    chat_template: how the model wants a conversation written, if the checkpoint says so.
+    chat_template: the default one, if the checkpoint has it.
     """
 
     def __init__(
         self,
-        bpe: tokenizers.Tokenizer,
+        encoder: tokenizers.Tokenizer,
         tokens: Sequence[str],
         types: Sequence[int],
         *,
+        spelling: Spelling | None = None,
         bos_id: int | None = None,
         eos_id: int | None = None,
         eos_ids: frozenset[int] = frozenset(),
-        add_bos: bool = False,
-        add_eos: bool = False,
-        chat_template: ChatTemplate | None = None,
+        chat_templates: Mapping[str, ChatTemplate] | None = None,
         source: object,
     ) -> None:
         self.vocab_size = len(tokens)
@@ -156,14 +139,13 @@ class Tokenizer:
         self.eos_id = eos_id
         self.eos_ids = eos_ids
         self.special_ids = frozenset(i for i, kind in enumerate(types) if kind in (UNKNOWN, CONTROL))
-        self.chat_template = chat_template
-        self._bpe = bpe
+        self._templates = dict(chat_templates or {})
+        self.chat_template = self._templates.get("default")
+        self._encoder = encoder
         self._tokens = tokens
         self._types = types
-        self._prefix = [bos_id] if add_bos and bos_id is not None else []
-        self._suffix = [eos_id] if add_eos and eos_id is not None else []
+        self._spelling = spelling or ByteLevel()
         self._source = source
-        self._byte_of = {char: byte for byte, char in enumerate(byte_alphabet())}
         self._bytes: dict[int, bytes] = {}
         self._containing = lru_cache(maxsize=16)(self._find_containing)
         self._other_template = lru_cache(maxsize=16)(self._make_template)
@@ -194,32 +176,47 @@ class Tokenizer:
 
         Raises PromptError where `text` is no string or not valid Unicode.
         """
+        if add_special_tokens is not None:
+            add_special = add_special_tokens
         try:
-            ids: list[int] = self._bpe.encode(text, add_special_tokens=False).ids
+            ids: list[int] = self._encoder.encode(text, add_special_tokens=add_special).ids
         except (TypeError, UnicodeError) as error:
             what = "has unpaired surrogates" if isinstance(text, str) else f"is {type(text).__name__}"
             raise PromptError(f"A prompt must be a string of valid Unicode; this one {what}.") from error
-        if add_special_tokens is not None:
-            add_special = add_special_tokens
-        return [*self._prefix, *ids, *self._suffix] if add_special else ids
+        except BaseException as error:
+            if not from_library(error):
+                raise
+            raise PromptError(
+                f"{self._source}: the tokenizer gives up on this prompt of {len(text):,} characters: {error}"
+            ) from error
+        return ids
 
     def decode(
-        self, ids: Sequence[int], *, skip_special: bool = True, skip_special_tokens: bool | None = None
+        self,
+        ids: Sequence[int],
+        *,
+        skip_special: bool = True,
+        skip_special_tokens: bool | None = None,
+        continuation: bool = False,
     ) -> str:
         """The text of token ids. Bytes that are not UTF-8 become U+FFFD; ids outside the vocabulary, "".
 
         skip_special: leave special tokens out. skip_special_tokens: Hugging Face's name for it.
+        continuation: the text goes on from another one, so that a space which begins it belongs to it. It is
+            dropped otherwise where the vocabulary is one whose `encode` puts a space before every text.
         """
         if skip_special_tokens is not None:
             skip_special = skip_special_tokens
         pieces = [self.token_bytes(token_id, skip_special=skip_special) for token_id in ids]
-        return b"".join(pieces).decode("utf-8", "replace")
+        text = b"".join(pieces).decode("utf-8", "replace")
+        return text if continuation or not self._spelling.space_prefix else text.removeprefix(" ")
 
     def stream(self, *, skip_special: bool = True, spaces_between_special: bool = True) -> TextStream:
-        """A decoder for tokens that come one by one; its pushes and its flush join to `decode` of all ids.
+        """A decoder for tokens that come one by one, after those of a prompt: its pushes and its flush join
+        to `decode` of all of them as a continuation.
 
-        spaces_between_special: makes no difference here, nor in transformers and vLLM: special tokens of
-            byte-level vocabularies are shown without spaces either way.
+        spaces_between_special: makes no difference here, nor in transformers and vLLM: special tokens are
+            shown without spaces either way.
         """
         return TextStream(self, skip_special=skip_special)
 
@@ -244,22 +241,19 @@ class Tokenizer:
         return list(self._containing(tuple(texts)))
 
     def _find_containing(self, texts: tuple[str, ...]) -> tuple[int, ...]:
-        # By spelling first, of which there are two kinds: bytes take a while to make of all the tokens.
+        # By how they are written first: bytes take a while to make of all the tokens.
         needles = [text.encode("utf-8", "surrogatepass") for text in texts]
-        alphabet = byte_alphabet()
-        spellings = {*texts, *("".join(alphabet[byte] for byte in needle) for needle in needles)}
+        written = {*texts, *map(self._spelling.write, texts)}
         return tuple(
             i
             for i, token in enumerate(self._tokens)
-            if any(spelling in token for spelling in spellings)
+            if (self._types[i] == BYTE or any(text in token for text in written))
             and any(needle in self.token_bytes(i) for needle in needles)
         )
 
     def _spell(self, token_id: int) -> bytes:
-        token = self._tokens[token_id]
-        if self._types[token_id] in (NORMAL, UNUSED, BYTE) and all(char in self._byte_of for char in token):
-            return bytes(self._byte_of[char] for char in token)
-        return token.encode()
+        token, kind = self._tokens[token_id], self._types[token_id]
+        return self._spelling.read(token, kind) if kind in (NORMAL, UNUSED, BYTE) else token.encode()
 
     @overload
     def apply_chat_template(
@@ -298,17 +292,12 @@ class Tokenizer:
     ) -> str | list[int]:
         """The conversation as one prompt text; see `ChatTemplate.render`. Encode it with `add_special=False`.
 
-        chat_template: the text of another template, in place of the checkpoint's.
+        chat_template: the name of one of the checkpoint's templates, or the text of another.
         tokenize: return the token ids.
 
         Raises TokenizerError where there is no chat template, and what `render` raises.
         """
-        template = self.chat_template if chat_template is None else self._other_template(chat_template)
-        if template is None:
-            raise TokenizerError(
-                f"{self._source}: the checkpoint has no chat template, so it takes no conversations. "
-                "Use a plain prompt (--raw) instead."
-            )
+        template = self._find_template(chat_template, with_tools=bool(tools))
         text = template.render(
             messages,
             add_generation_prompt=add_generation_prompt,
@@ -317,6 +306,21 @@ class Tokenizer:
             variables=variables,
         )
         return self.encode(text, add_special=False) if tokenize else text
+
+    def _find_template(self, given: str | None, *, with_tools: bool) -> ChatTemplate:
+        if given is not None:
+            return self._templates.get(given) or self._other_template(given)
+        template = (with_tools and self._templates.get("tool_use")) or self.chat_template
+        if not template:
+            names = ", ".join(map(repr, sorted(self._templates)))
+            raise TokenizerError(
+                f"{self._source}: the checkpoint has no default chat template, only {names}; name one with "
+                "chat_template."
+                if names
+                else f"{self._source}: the checkpoint has no chat template, so it takes no conversations. "
+                "Use a plain prompt (--raw) instead."
+            )
+        return template
 
     def _make_template(self, text: str) -> ChatTemplate:
         bos, eos = (None if i is None else self._tokens[i] for i in (self.bos_id, self.eos_id))
@@ -334,181 +338,23 @@ def byte_alphabet() -> list[str]:
     return [chr(byte) if byte in printable else chr(next(shifted)) for byte in range(256)]
 
 
-def supported_kind(metadata: Mapping[str, Any], source: Path) -> None:
-    """Raises what `tokenizer_from_gguf` would for a kind of tokenizer that hexad does not know, or for none.
-
-    Costs nothing, so that such a file can be refused before its weights are loaded.
-    """
-    _GGUFTokenizer(metadata, source).check_kind()
+def from_library(error: BaseException) -> bool:
+    """Whether an error may be one of the `tokenizers` library's, whose panics are not Exceptions."""
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
 
-def tokenizer_from_gguf(metadata: Mapping[str, Any], source: Path) -> Tokenizer:
-    """Builds the tokenizer that a GGUF file's metadata describes.
+def surround(encoder: tokenizers.Tokenizer, bos: int | None, eos: int | None) -> None:
+    """Has the encoder add these tokens before and after every text, and no others."""
+    from tokenizers import processors
 
-    metadata: the file's key-value pairs; arrays are sequences, with a fast `tolist()` where they have one.
-    source: the file, for the errors.
-
-    Raises UnsupportedError (a kind of tokenizer other than byte-level BPE) and TokenizerError (malformed).
-    """
-    return _GGUFTokenizer(metadata, source).build()
+    special = [(name, i) for name, i in (("bos", bos), ("eos", eos)) if i is not None]
+    single = [*(["bos"] if bos is not None else []), "$A", *(["eos"] if eos is not None else [])]
+    encoder.post_processor = processors.TemplateProcessing(single=single, special_tokens=special)
 
 
-class _GGUFTokenizer:
-    """Reads and checks `tokenizer.*` metadata."""
-
-    def __init__(self, metadata: Mapping[str, Any], source: Path) -> None:
-        self.metadata = metadata
-        self.source = source
-
-    def check_kind(self) -> None:
-        model = self._scalar("tokenizer.ggml.model", str)
-        if model is None:
-            raise self._error("it has no tokenizer (tokenizer.ggml.model is missing)")
-        if model != "gpt2":
-            raise UnsupportedError(
-                f"{self.source}: its tokenizer is of kind {model!r}; hexad knows 'gpt2' (byte-level BPE)."
-            )
-
-    def build(self) -> Tokenizer:
-        self.check_kind()
-        tokens = self._tokens()
-        ids = {name: self._token_id(name, len(tokens)) for name in ("bos", "eos", "eot", "eom")}
-        types = self._types(len(tokens), ids)
-        split = self._split()
-        add_bos = self._scalar("tokenizer.ggml.add_bos_token", bool)
-        add_eos = self._scalar("tokenizer.ggml.add_eos_token", bool)
-        for name, wanted in (("bos", add_bos), ("eos", add_eos)):
-            if wanted and ids[name] is None:
-                raise self._error(f"add_{name}_token is set but tokenizer.ggml.{name}_token_id is missing")
-        return Tokenizer(
-            self._bpe(tokens, types, split),
-            tokens,
-            types,
-            bos_id=ids["bos"],
-            eos_id=ids["eos"],
-            eos_ids=_end_of_generation(tokens, types, ids),
-            add_bos=split.add_bos if add_bos is None else add_bos,
-            add_eos=bool(add_eos),
-            chat_template=self._chat_template(tokens, ids),
-            source=self.source,
-        )
-
-    def _bpe(self, tokens: list[str], types: list[int], split: _Split) -> tokenizers.Tokenizer:
-        import tokenizers
-        from tokenizers import models, normalizers, pre_tokenizers
-
-        vocab = dict(zip(tokens, range(len(tokens)), strict=True))
-        if len(vocab) != len(tokens):
-            first = next(i for i, token in enumerate(tokens) if vocab[token] != i)
-            raise self._error(
-                f"token {tokens[first]!r} is in the vocabulary twice ({first}, {vocab[tokens[first]]})"
-            )
-        merges = []
-        for i, merge in enumerate(self._array("merges", str)):
-            left, space, right = merge.partition(" ")
-            if not space:
-                raise self._error(f"merge {i} is {merge!r}, not two tokens with a space between them")
-            merges.append((left, right))
-        # Objects, not tokenizers' JSON: half the time for 49,000 tokens.
-        try:
-            bpe = tokenizers.Tokenizer(models.BPE(vocab, merges, ignore_merges=split.ignore_merges))
-        except Exception as error:  # the library raises plain Exception for a merge of unknown tokens
-            raise self._error(f"the merges do not fit the vocabulary: {error}") from error
-        if split.nfc:
-            bpe.normalizer = normalizers.NFC()
-        bpe.pre_tokenizer = pre_tokenizers.Sequence(
-            [
-                *(pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated") for pattern in split.patterns),
-                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-            ]
-        )
-        bpe.add_tokens(
-            [
-                tokenizers.AddedToken(token, normalized=False, special=kind != USER_DEFINED)
-                for token, kind in zip(tokens, types, strict=True)
-                if kind in (UNKNOWN, CONTROL, USER_DEFINED)
-            ]
-        )
-        return bpe
-
-    def _tokens(self) -> list[str]:
-        tokens = self._array("tokens", str)
-        if not tokens:
-            raise self._error("its vocabulary (tokenizer.ggml.tokens) is empty")
-        key = f"{self.metadata.get('general.architecture')}.vocab_size"
-        declared = self._scalar(key, int)
-        if declared is not None and declared != len(tokens):
-            raise self._error(f"its vocabulary has {len(tokens)} tokens but {key} is {declared}")
-        return tokens
-
-    def _types(self, count: int, ids: Mapping[str, int | None]) -> list[int]:
-        if self.metadata.get("tokenizer.ggml.token_type") is None:
-            named = set(ids.values())
-            return [CONTROL if i in named else NORMAL for i in range(count)]
-        types = self._array("token_type", int, count)
-        if unknown := set(types).difference(range(NORMAL, BYTE + 1)):
-            raise self._error(f"token type {min(unknown)} is not one of 1 to 6")
-        return types
-
-    def _split(self) -> _Split:
-        pre = self._scalar("tokenizer.ggml.pre", str)
-        split = _SPLITS.get(pre or "")
-        if split is None:
-            known = (
-                "names no pre-tokenizer" if pre is None else f"has a pre-tokenizer unknown to hexad, {pre!r}"
-            )
-            logger.warning(
-                "%s %s; taking GPT-2's. Answers may be worse than the model's best.", self.source, known
-            )
-            return _SPLITS["default"]
-        return split
-
-    def _chat_template(self, tokens: list[str], ids: Mapping[str, int | None]) -> ChatTemplate | None:
-        text = self._scalar("tokenizer.chat_template", str)
-        if text is None:
-            return None
-        bos, eos = (None if (i := ids[name]) is None else tokens[i] for name in ("bos", "eos"))
-        return ChatTemplate(text, bos_token=bos, eos_token=eos, source=self.source)
-
-    def _token_id(self, name: str, count: int) -> int | None:
-        key = f"tokenizer.ggml.{name}_token_id"
-        value = self._scalar(key, int)
-        if value is None or value == ABSENT:
-            return None
-        if not 0 <= value < count:
-            raise self._error(f"{key} is {value}, outside its vocabulary of {count} tokens")
-        return value
-
-    def _scalar(self, key: str, kind: type[T]) -> T | None:
-        value = self.metadata.get(key)
-        if value is None:
-            return None
-        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-            raise self._error(f"{key} is {type(value).__name__}, not {kind.__name__}")
-        return value
-
-    def _array(self, name: str, kind: type[T], count: int | None = None) -> list[T]:
-        """count: how many elements to insist on, one per token."""
-        key = f"tokenizer.ggml.{name}"
-        value = self.metadata.get(key)
-        if value is None:
-            raise self._error(f"{key} is missing")
-        if isinstance(value, str) or not isinstance(value, Sequence):
-            raise self._error(f"{key} is {type(value).__name__}, not an array")
-        if len(value) > MAX_ELEMENTS or count not in (None, len(value)):  # before decoding it: it may be huge
-            wanted = f"at most {MAX_ELEMENTS:,}" if count is None else f"{count:,}, one per token"
-            raise self._error(f"{key} has {len(value):,} elements, not {wanted}")
-        elements: list[Any] = value.tolist() if hasattr(value, "tolist") else list(value)
-        if wrong := set(map(type, elements)) - {kind}:
-            raise self._error(f"{key} holds {min(t.__name__ for t in wrong)}, not only {kind.__name__}")
-        return elements
-
-    def _error(self, reason: str) -> TokenizerError:
-        return TokenizerError(f"{self.source}: {reason}.")
-
-
-def _end_of_generation(tokens: list[str], types: list[int], ids: Mapping[str, int | None]) -> frozenset[int]:
-    ends = {i: tokens[i] for name in ("eos", "eot", "eom") if (i := ids[name]) is not None}
+def end_of_generation(tokens: Sequence[str], types: Sequence[int], named: Iterable[int]) -> frozenset[int]:
+    """The tokens that end a generation: those that the model's files name, and the well-known ones."""
+    ends = {i: tokens[i] for i in named}
     for i, kind in enumerate(types):
         if kind == CONTROL and tokens[i] in END_OF_GENERATION:
             ends[i] = tokens[i]
