@@ -108,6 +108,13 @@ void copy_blocks(Program& p, In<int64_t, 2> pairs) {
   p.copy_blocks(pairs.data(), static_cast<int64_t>(pairs.shape(0)));
 }
 
+hexad::KvDtype kv_dtype_of(const std::string& name) {
+  if (name == "f32") return hexad::KvDtype::kF32;
+  if (name == "f16") return hexad::KvDtype::kF16;
+  if (name == "q8") return hexad::KvDtype::kQ8;
+  throw std::invalid_argument("no type of KV cache is named '" + name + "'");
+}
+
 hexad::Epilogue epilogue_of(const std::string& name) {
   if (name == "store") return hexad::Epilogue::kStore;
   if (name == "add") return hexad::Epilogue::kAdd;
@@ -150,12 +157,12 @@ NB_MODULE(_native, m) {
                       "A compiled graph with its packed weights and KV cache; see csrc/program.h.")
       .def(
           "__init__",
-          [](Program* self, const std::string& isa, int threads, bool quantised, bool kv_f16,
+          [](Program* self, const std::string& isa, int threads, bool quantised, const std::string& kv_dtype,
              int64_t max_rows, int64_t max_seqs, int64_t kv_blocks) {
-            new (self)
-                Program(hexad::Options{isa, threads, quantised, kv_f16, max_rows, max_seqs, kv_blocks});
+            new (self) Program(hexad::Options{isa, threads, quantised, kv_dtype_of(kv_dtype), max_rows,
+                                              max_seqs, kv_blocks});
           },
-          nb::kw_only(), "isa"_a, "threads"_a, "quantised"_a, "kv_f16"_a, "max_rows"_a, "max_seqs"_a,
+          nb::kw_only(), "isa"_a, "threads"_a, "quantised"_a, "kv_dtype"_a, "max_rows"_a, "max_seqs"_a,
           "kv_blocks"_a)
       .def("add_weight", &Program::add_weight, "stored"_a, "rows"_a, "columns"_a)
       .def(
@@ -174,13 +181,13 @@ NB_MODULE(_native, m) {
       .def("add_buffer", &Program::add_buffer, "features"_a)
       .def(
           "add_rope",
-          [](Program& p, In<float, 1> inv_freq) {
-            return p.add_rope(inv_freq.data(), static_cast<int64_t>(inv_freq.shape(0)));
+          [](Program& p, In<float, 1> inv_freq, float magnitude) {
+            return p.add_rope(inv_freq.data(), static_cast<int64_t>(inv_freq.shape(0)), magnitude);
           },
-          "inv_freq"_a.noconvert())
+          "inv_freq"_a.noconvert(), "magnitude"_a)
       .def("set_cache", &Program::set_cache, "layers"_a, "kv_heads"_a, "head_dim"_a)
       .def("op_embed", &Program::op_embed, "weight"_a, "out"_a)
-      .def("op_norm", &Program::op_norm, "x"_a, "weight"_a, "eps"_a, "out"_a)
+      .def("op_norm", &Program::op_norm, "x"_a, "weight"_a, "eps"_a, "heads"_a, "out"_a)
       .def(
           "op_linear",
           [](Program& p, int x, int norm, float eps, const std::vector<std::tuple<int, int>>& projections,
@@ -194,7 +201,8 @@ NB_MODULE(_native, m) {
       .def("op_gated", &Program::op_gated, "gate"_a, "up"_a, "out"_a)
       .def("op_add", &Program::op_add, "a"_a, "b"_a, "out"_a)
       .def("op_attention", &Program::op_attention, "q"_a, "q_column"_a, "k"_a, "k_column"_a, "v"_a,
-           "v_column"_a, "rope"_a, "layer"_a, "heads"_a, "kv_heads"_a, "head_dim"_a, "scale"_a, "out"_a)
+           "v_column"_a, "rope"_a, "q_norm"_a, "k_norm"_a, "norm_eps"_a, "layer"_a, "heads"_a, "kv_heads"_a,
+           "head_dim"_a, "scale"_a, "window"_a, "out"_a)
       .def("op_take_rows", &Program::op_take_rows, "x"_a, "out"_a)
       .def("op_logits", &Program::op_logits, "x"_a, "norm"_a, "eps"_a, "weight"_a)
       .def("seal", &Program::seal)

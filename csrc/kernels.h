@@ -15,6 +15,8 @@ constexpr int kBlockTokens = 32;    // tokens per KV cache block
 constexpr int kSegmentBlocks = 16;  // KV blocks per attention segment: 512 keys
 constexpr int kLogitBlock = 256;    // logits that share a maximum
 
+enum class KvDtype : int { kF32, kF16, kQ8, kCount };
+
 // The packed layouts (formats/panels.h): Wn has codes of n bits, M minimums, K the scales of a K-quant.
 enum class Layout : int {
   kW4,
@@ -62,9 +64,9 @@ struct Kernels {
   int64_t (*read)(const void* data, int64_t bytes);
   int64_t (*dot_rate)(int64_t iterations, int64_t* sink);
 
-  // ops/attention.h; indexed by KV dtype: 0 is f32, 1 is f16.
-  void (*attention[2])(const AttentionArgs&);
-  void (*store_kv[2])(const StoreKvArgs&);
+  // ops/attention.h; indexed by KvDtype.
+  void (*attention[static_cast<int>(KvDtype::kCount)])(const AttentionArgs&);
+  void (*store_kv[static_cast<int>(KvDtype::kCount)])(const StoreKvArgs&);
 
   // ops/logits.h
   void (*block_maxima)(const float* x, int64_t n, float* maxima);

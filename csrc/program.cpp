@@ -101,9 +101,10 @@ int Program::add_buffer(int64_t features) {
   return static_cast<int>(buffers_.size()) - 1;
 }
 
-int Program::add_rope(const float* inv_freq, int64_t half) {
+int Program::add_rope(const float* inv_freq, int64_t half, float magnitude) {
   require(half > 0 && !sampled_domain_, "a rope needs frequencies and stands before take_rows");
-  ropes_.push_back({{inv_freq, inv_freq + half}, allocate<float>(at(options_.max_rows * 2 * half))});
+  ropes_.push_back(
+      {{inv_freq, inv_freq + half}, magnitude, allocate<float>(at(options_.max_rows * 2 * half))});
   auto op = std::make_unique<RopeTableOp>();
   op->rope = static_cast<int>(ropes_.size()) - 1;
   add_op(std::move(op));
@@ -116,11 +117,10 @@ void Program::set_cache(int64_t layers, int64_t kv_heads, int64_t head_dim) {
     require(size > 0 && size < (1 << 20), "a cache of " + std::to_string(layers) + " layers, " +
                                               std::to_string(kv_heads) + " KV heads of " +
                                               std::to_string(head_dim));
-  const int64_t size = options_.kv_f16 ? 2 : 4;
   cache_.layers = layers;
   cache_.kv_heads = kv_heads;
   cache_.head_dim = head_dim;
-  cache_.unit = padded_head_dim(head_dim) * kBlockTokens * size;
+  cache_.unit = kv_unit_bytes(options_.kv_dtype, head_dim);
   cache_.block_bytes = product(product(layers * 2, kv_heads), cache_.unit);
   cache_.data = allocate<char>(at(product(options_.kv_blocks, cache_.block_bytes)));
 }
@@ -161,12 +161,16 @@ void Program::op_embed(int weight, int out) {
   add_op(std::move(op));
 }
 
-void Program::op_norm(int x, int weight, float eps, int out) {
+void Program::op_norm(int x, int weight, float eps, int64_t heads, int out) {
   auto op = std::make_unique<NormOp>();
   op->x = check_buffer(x, -1, "norm's input");
   require(weight >= 0, "norm needs a weight");
-  check_vector(weight, buffer(x).features, "norm's weight");
+  require(heads > 0 && buffer(x).features % heads == 0, "norm's " + std::to_string(buffer(x).features) +
+                                                            " features are no " + std::to_string(heads) +
+                                                            " equal heads");
+  check_vector(weight, buffer(x).features / heads, "norm's weight");
   op->weight = weight;
+  op->heads = heads;
   op->eps = eps;
   op->out = check_buffer(out, buffer(x).features, "norm's output");
   add_op(std::move(op));
@@ -236,8 +240,8 @@ void Program::op_add(int a, int b, int out) {
 }
 
 void Program::op_attention(int q, int64_t q_column, int k, int64_t k_column, int v, int64_t v_column,
-                           int rope, int64_t layer, int64_t heads, int64_t kv_heads, int64_t head_dim,
-                           float scale, int out) {
+                           int rope, int q_norm, int k_norm, float norm_eps, int64_t layer, int64_t heads,
+                           int64_t kv_heads, int64_t head_dim, float scale, int64_t window, int out) {
   require(cache_.layers > 0 && layer >= 0 && layer < cache_.layers && kv_heads == cache_.kv_heads &&
               head_dim == cache_.head_dim && heads > 0 && heads % kv_heads == 0,
           "attention of layer " + std::to_string(layer) + ", " + std::to_string(heads) + " heads on " +
@@ -245,6 +249,9 @@ void Program::op_attention(int q, int64_t q_column, int k, int64_t k_column, int
               std::to_string(cache_.layers) + " layers, " + std::to_string(cache_.kv_heads) + " heads of " +
               std::to_string(cache_.head_dim));
   require(!sampled_domain_, "attention stands before take_rows");
+  require(window >= 0, "attention's window of " + std::to_string(window) + " keys; 0 is none");
+  check_vector(q_norm, head_dim, "attention's query norm");
+  check_vector(k_norm, head_dim, "attention's key norm");
   auto op = std::make_unique<AttentionOp>();
   const auto inside = [&](int value, int64_t column, int64_t count, const char* what) {
     check_buffer(value, -1, what);
@@ -261,19 +268,24 @@ void Program::op_attention(int q, int64_t q_column, int k, int64_t k_column, int
   const auto apart = [&](int a, int64_t a_column, int64_t a_heads, int b, int64_t b_column, int64_t b_heads) {
     return a != b || a_column + a_heads * head_dim <= b_column || b_column + b_heads * head_dim <= a_column;
   };
-  require(rope < 0 || (apart(q, q_column, heads, k, k_column, kv_heads) &&
-                       apart(q, q_column, heads, v, v_column, kv_heads) &&
-                       apart(k, k_column, kv_heads, v, v_column, kv_heads)),
-          "attention rotates queries and keys in place, so queries, keys and values must lie apart");
+  require(
+      (rope < 0 && q_norm < 0 && k_norm < 0) || (apart(q, q_column, heads, k, k_column, kv_heads) &&
+                                                 apart(q, q_column, heads, v, v_column, kv_heads) &&
+                                                 apart(k, k_column, kv_heads, v, v_column, kv_heads)),
+      "attention norms and rotates queries and keys in place, so queries, keys and values must lie apart");
   op->q_column = q_column;
   op->k_column = k_column;
   op->v_column = v_column;
   op->rope = rope;
+  op->q_norm = q_norm;
+  op->k_norm = k_norm;
+  op->norm_eps = norm_eps;
   op->layer = layer;
   op->heads = heads;
   op->kv_heads = kv_heads;
   op->head_dim = head_dim;
   op->scale = scale;
+  op->window = window > 0 ? std::min(window, kNoWindow) : kNoWindow;
   op->out = check_buffer(out, heads * head_dim, "attention's output");
   require(op->out != q && op->out != k && op->out != v, "attention cannot write its own input");
   const int tokens = std::max<int>(1, kAttentionRows / static_cast<int>(heads / kv_heads));

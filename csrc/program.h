@@ -22,7 +22,7 @@ struct Options {
   std::string isa;  // empty: the best here
   int threads = 1;
   bool quantised = true;  // multiply quantised weights with int8 activations
-  bool kv_f16 = true;
+  KvDtype kv_dtype = KvDtype::kF16;
   int64_t max_rows = 1;
   int64_t max_seqs = 1;
   int64_t kv_blocks = 1;
@@ -100,18 +100,23 @@ class Program {
   void pack_weight(int weight, const std::string& stored, const uint8_t* data, int64_t bytes);
   int add_vector(const float* values, int64_t n);
   int add_buffer(int64_t features);
-  int add_rope(const float* inv_freq, int64_t half);
+  // `magnitude` multiplies cosines and sines.
+  int add_rope(const float* inv_freq, int64_t half, float magnitude);
   void set_cache(int64_t layers, int64_t kv_heads, int64_t head_dim);
 
   void op_embed(int weight, int out);
-  void op_norm(int x, int weight, float eps, int out);
+  // Each of `heads` equal parts of a row is normed by itself, with the same weight.
+  void op_norm(int x, int weight, float eps, int64_t heads, int out);
   void op_linear(int x, int norm, float eps, std::vector<Projection> projections, Epilogue epilogue,
                  int residual, int out);
   void op_rope(int x, int rope, int64_t head_dim, int out);
   void op_gated(int gate, int up, int out);
   void op_add(int a, int b, int out);
+  // q_norm, k_norm: vectors [head_dim] for norms of each head before the rotation, or −1. window: keys a row
+  // sees, its own included; 0: all up to its own.
   void op_attention(int q, int64_t q_column, int k, int64_t k_column, int v, int64_t v_column, int rope,
-                    int64_t layer, int64_t heads, int64_t kv_heads, int64_t head_dim, float scale, int out);
+                    int q_norm, int k_norm, float norm_eps, int64_t layer, int64_t heads, int64_t kv_heads,
+                    int64_t head_dim, float scale, int64_t window, int out);
   void op_take_rows(int x, int out);
   void op_logits(int x, int norm, float eps, int weight);
   void seal();
@@ -137,6 +142,7 @@ class Program {
   // For the ops.
   struct Rope {
     std::vector<float> inv_freq;
+    float magnitude;
     Memory<float> table;  // [max_rows][2][half]: cosines, then sines
   };
   struct QueryTile {

@@ -24,9 +24,12 @@ void EmbedOp::run(Program& p, int member, int64_t begin, int64_t rows) {
 }
 
 void NormOp::run(Program& p, int member, int64_t begin, int64_t rows) {
+  const int64_t size = p.buffer(x).features / heads;
   p.team_.loop(member, rows, [&](int64_t i) {
-    p.kernels_.norm(p.buffer(x).row(begin + i), p.vector(weight), eps, p.buffer(x).features,
-                    p.buffer(out).row(begin + i));
+    const float* from = p.buffer(x).row(begin + i);
+    float* to = p.buffer(out).row(begin + i);
+    for (int64_t h = 0; h < heads; ++h)
+      p.kernels_.norm(from + h * size, p.vector(weight), eps, size, to + h * size);
   });
 }
 
@@ -192,8 +195,8 @@ void RopeTableOp::run(Program& p, int member, int64_t begin, int64_t rows) {
     const float position = static_cast<float>(p.row_position_[at(begin + i)]);
     for (int64_t j = 0; j < half; ++j) {
       const float angle = position * table.inv_freq[at(j)];
-      to[j] = std::cos(angle);
-      to[half + j] = std::sin(angle);
+      to[j] = std::cos(angle) * table.magnitude;
+      to[half + j] = std::sin(angle) * table.magnitude;
     }
   });
 }
@@ -232,18 +235,23 @@ void AddOp::run(Program& p, int member, int64_t begin, int64_t rows) {
   });
 }
 
+// Norms and rotates adjacent heads of a row.
+void AttentionOp::turn(Program& p, int64_t row, float* x, int64_t count, int norm) const {
+  for (int64_t h = 0; norm >= 0 && h < count; ++h)
+    p.kernels_.norm(x + h * head_dim, p.vector(norm), norm_eps, head_dim, x + h * head_dim);
+  if (rope >= 0) rotate_heads(p, rope, row, x, count, head_dim);
+}
+
 void AttentionOp::run(Program& p, int member, int64_t begin, int64_t rows) {
   const Program::Cache& cache = p.cache_;
   const BatchView& batch = p.batch_;
-  const int dtype = p.options_.kv_f16 ? 1 : 0;
+  const int dtype = static_cast<int>(p.options_.kv_dtype);
   p.team_.loop(member, rows, [&](int64_t i) {
     const int64_t row = begin + i, position = p.row_position_[at(row)];
     float* keys = p.buffer(k).row(row) + k_column;
     const float* values = p.buffer(v).row(row) + v_column;
-    if (rope >= 0) {
-      rotate_heads(p, rope, row, p.buffer(q).row(row) + q_column, heads, head_dim);
-      rotate_heads(p, rope, row, keys, kv_heads, head_dim);
-    }
+    turn(p, row, p.buffer(q).row(row) + q_column, heads, q_norm);
+    turn(p, row, keys, kv_heads, k_norm);
     const int64_t block =
         batch.block_tables[p.row_seq_[at(row)] * batch.table_width + position / kBlockTokens];
     char* base = cache.data.get() + block * cache.block_bytes;
@@ -271,6 +279,7 @@ void AttentionOp::run(Program& p, int member, int64_t begin, int64_t rows) {
     args.group = static_cast<int>(group);
     args.head_dim = static_cast<int>(head_dim);
     args.position = p.row_position_[at(tile.row)];
+    args.window = window;
     args.scale = scale;
     args.blocks = batch.block_tables + tile.seq * batch.table_width;
     args.cache = cache.data.get();

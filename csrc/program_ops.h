@@ -15,6 +15,7 @@ struct EmbedOp : Op {
 
 struct NormOp : Op {
   int x, weight, out;
+  int64_t heads;
   float eps;
   void run(Program& p, int member, int64_t begin, int64_t rows) override;
 };
@@ -59,13 +60,16 @@ struct AddOp : Op {
   void run(Program& p, int member, int64_t begin, int64_t rows) override;
 };
 
-// Rotates q and k in place, writes k and v to the cache, then attends: a chunk reads its own keys back from
+// Norms and rotates q and k in place, writes k and v to the cache, then attends: a chunk reads its own keys back from
 // there.
 struct AttentionOp : Op {
-  int q, k, v, rope, out, tiling;
-  int64_t q_column, k_column, v_column, layer, heads, kv_heads, head_dim;
-  float scale;
+  int q, k, v, rope, q_norm, k_norm, out, tiling;
+  int64_t q_column, k_column, v_column, layer, heads, kv_heads, head_dim, window;
+  float scale, norm_eps;
   void run(Program& p, int member, int64_t begin, int64_t rows) override;
+
+ private:
+  void turn(Program& p, int64_t row, float* x, int64_t count, int norm) const;
 };
 
 struct TakeRowsOp : Op {

@@ -10,51 +10,60 @@ namespace {
 
 inline F32 load_kv(const float* p) { return load(p); }
 inline F32 load_kv(const uint16_t* p) { return load_f16(p); }
+inline F32 load_kv(const int8_t* p) { return to_float(load_bytes(p)); }
 
-// c[r][0..31] ← (resume ? c : 0) + Σ_i a[r][i] · b[i][0..31], i ascending, for R rows: both products of
-// attention.
-template <int R, class T>
-void product(const float* a, int64_t a_stride, const T* b, int64_t b_stride, int64_t n, bool resume, float* c,
-             int64_t c_stride) {
-  F32 sums[R][2];
+template <class T>
+constexpr KvDtype kDtype = KvDtype::kF32;
+template <>
+constexpr KvDtype kDtype<uint16_t> = KvDtype::kF16;
+template <>
+constexpr KvDtype kDtype<int8_t> = KvDtype::kQ8;
+
+// c[r][0..31] ← (resume ? c : 0) + Σ_i a[r][i] · b[i][0..31], i ascending: both products of attention.
+template <class T>
+struct Product {
+  const float* a;
+  int64_t a_stride;
+  const T* b;
+  int64_t b_stride;
+  int64_t n;
+  bool resume;
+  float* c;
+  int64_t c_stride;
+};
+
+// R rows × H halves of b, the first of them `half`.
+template <int R, int H, class T>
+inline __attribute__((always_inline)) void product_block(const Product<T>& p, int half) {
+  const float* a = p.a;
+  const T* b = p.b + 16 * half;
+  float* c = p.c + 16 * half;
+  F32 sums[R][H];
   HEXAD_UNROLL
-  for (int r = 0; r < R; ++r) {
-    sums[r][0] = resume ? load(c + r * c_stride) : splat(0);
-    sums[r][1] = resume ? load(c + r * c_stride + 16) : splat(0);
-  }
-  for (int64_t i = 0; i < n; ++i) {
-    F32 first = load_kv(b + i * b_stride), second = load_kv(b + i * b_stride + 16);
+  for (int r = 0; r < R; ++r)
+    for (int h = 0; h < H; ++h) sums[r][h] = p.resume ? load(c + r * p.c_stride + 16 * h) : splat(0);
+  for (int64_t i = 0; i < p.n; ++i, ++a, b += p.b_stride) {
+    F32 numbers[H];
+    for (int h = 0; h < H; ++h) numbers[h] = load_kv(b + 16 * h);
     HEXAD_UNROLL
     for (int r = 0; r < R; ++r) {
-      F32 x = splat(a[r * a_stride + i]);
-      sums[r][0] = fma(x, first, sums[r][0]);
-      sums[r][1] = fma(x, second, sums[r][1]);
+      const F32 x = splat(a[r * p.a_stride]);
+      for (int h = 0; h < H; ++h) sums[r][h] = fma(x, numbers[h], sums[r][h]);
     }
   }
   HEXAD_UNROLL
-  for (int r = 0; r < R; ++r) {
-    store(c + r * c_stride, sums[r][0]);
-    store(c + r * c_stride + 16, sums[r][1]);
-  }
+  for (int r = 0; r < R; ++r)
+    for (int h = 0; h < H; ++h) store(c + r * p.c_stride + 16 * h, sums[r][h]);
 }
 
-template <class T>
-void product_rows(int64_t rows, const float* a, int64_t a_stride, const T* b, int64_t b_stride, int64_t n,
-                  bool resume, float* c, int64_t c_stride) {
-  for (; rows >= 6; rows -= 6, a += 6 * a_stride, c += 6 * c_stride)
-    product<6>(a, a_stride, b, b_stride, n, resume, c, c_stride);
-  switch (rows) {
-    case 5:
-      return product<5>(a, a_stride, b, b_stride, n, resume, c, c_stride);
-    case 4:
-      return product<4>(a, a_stride, b, b_stride, n, resume, c, c_stride);
-    case 3:
-      return product<3>(a, a_stride, b, b_stride, n, resume, c, c_stride);
-    case 2:
-      return product<2>(a, a_stride, b, b_stride, n, resume, c, c_stride);
-    case 1:
-      return product<1>(a, a_stride, b, b_stride, n, resume, c, c_stride);
-  }
+// As many rows as there are, at most R at a time.
+template <int R, class T>
+void product_rows(int64_t rows, Product<T> p) {
+  constexpr int kHalves = tile_halves(R);
+  for (; rows >= R; rows -= R, p.a += R * p.a_stride, p.c += R * p.c_stride)
+    for (int half = 0; half < 2; half += kHalves) product_block<R, kHalves>(p, half);
+  if constexpr (R > 1)
+    if (rows > 0) product_rows<R - 1>(rows, p);
 }
 
 void scale_row(float* x, float factor, int64_t n) {
@@ -85,75 +94,102 @@ void merge(RowState& total, float* o_total, const RowState& s, float* o_segment,
 }
 
 // Asks for a block's K or V. Blocks lie far apart, so the hardware does not see the next one coming.
-template <class T>
-void prefetch(const T* p, int64_t padded) {
-  constexpr int64_t kLine = 64 / sizeof(T);
-  for (int64_t i = 0; i < kBlockTokens * padded; i += kLine) __builtin_prefetch(p + i);
+void prefetch(const void* unit, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(unit) + i);
 }
 
 template <class T>
 void attention(const AttentionArgs& a) {
+  constexpr bool kScaled = kDtype<T> == KvDtype::kQ8;
+  constexpr int64_t kSegment = int64_t{kSegmentBlocks} * kBlockTokens;
   const int64_t padded = padded_head_dim(a.head_dim), rows = int64_t{a.tokens} * a.group;
+  const int64_t unit = kv_unit_bytes(kDtype<T>, a.head_dim);
   float* q = a.scratch;
   float* scores = q + rows * padded;
   float* o = scores + rows * 32;
   float* o_total = o + rows * padded;
   RowState* state = reinterpret_cast<RowState*>(o_total + rows * padded);
   RowState* total = state + rows;
-  float* unpacked = reinterpret_cast<float*>(total + rows);
+  float* k_floats = reinterpret_cast<float*>(total + rows);
+  float* v_floats = k_floats + 32 * padded;
 
   for (int64_t r = 0; r < rows; ++r) {
     const float* from = a.q + r / a.group * a.q_stride + r % a.group * a.head_dim;
     for (int i = 0; i < a.head_dim; ++i) q[r * padded + i] = from[i] * a.scale;
   }
 
+  const auto first_key = [&](int64_t row) {
+    const int64_t key = a.position + row / a.group + 1 - a.window;
+    return key > 0 ? key : 0;
+  };
+  // The rows that see one of `count` keys from `key` on, which some row of the tile does: they are adjacent.
+  struct Rows {
+    int64_t first, end;
+  };
+  const auto rows_that_see = [&](int64_t key, int64_t count) {
+    const int64_t first = key - a.position, end = key + count - 1 + a.window - a.position;
+    return Rows{(first > 0 ? first : 0) * a.group, (end < a.tokens ? end : a.tokens) * a.group};
+  };
+  const auto in_block = [&](int64_t block, int64_t offset) {
+    return reinterpret_cast<const T*>(a.cache + a.blocks[block] * a.block_stride + offset);
+  };
+
   const int64_t last = a.position + a.tokens - 1, blocks = last / kBlockTokens + 1;
-  for (int64_t block = 0; block < blocks; ++block) {
-    const int64_t begin = block * kBlockTokens;
-    // Rows before the block's first key do not see it.
-    const int64_t first_row = begin > a.position ? (begin - a.position) * a.group : 0;
-    const int64_t seen = rows - first_row,
-                  keys = last + 1 - begin < kBlockTokens ? last + 1 - begin : kBlockTokens;
-    if (block % kSegmentBlocks == 0) {
-      for (int64_t r = first_row; r < rows; ++r) {
+  const int64_t first_block = first_key(0) / kBlockTokens;
+  for (int64_t block = first_block; block < blocks; ++block) {
+    const int64_t begin = block * kBlockTokens, segment_begin = begin / kSegment * kSegment;
+    if (block == first_block || begin == segment_begin) {
+      const Rows fresh = rows_that_see(segment_begin, kSegment);
+      for (int64_t r = fresh.first; r < fresh.end; ++r) {
         state[r] = {kMinusInfinity, 0};
         for (int64_t i = 0; i < padded; i += 16) store(o + r * padded + i, splat(0));
       }
     }
-    const auto in_block = [&](int64_t b, int64_t offset) {
-      return reinterpret_cast<const T*>(a.cache + a.blocks[b] * a.block_stride + offset);
-    };
+    const Rows seeing = rows_that_see(begin, kBlockTokens);
+    const int64_t seen = seeing.end - seeing.first,
+                  keys = last + 1 - begin < kBlockTokens ? last + 1 - begin : kBlockTokens;
     const T *k = in_block(block, a.k_offset), *v = in_block(block, a.v_offset);
-    prefetch(v, padded);
-    float* s = scores + first_row * 32;
-    float* weighted = o + first_row * padded;
+    prefetch(v, unit);
 
     // With many rows it pays to turn the block into floats once; the numbers are the same.
     const bool unpack = sizeof(T) != sizeof(float) && seen > 12;
-    float* k_floats = unpacked;
-    float* v_floats = unpacked + 32 * padded;
     if (unpack) {
       for (int64_t i = 0; i < 32 * a.head_dim; i += 16) store(k_floats + i, load_kv(k + i));
       for (int64_t i = 0; i < keys * padded; i += 16) store(v_floats + i, load_kv(v + i));
-      product_rows(seen, q + first_row * padded, padded, k_floats, 32, a.head_dim, false, s, 32);
-    } else {
-      product_rows(seen, q + first_row * padded, padded, k, 32, a.head_dim, false, s, 32);
     }
+    // a · (K or V), whichever form it has.
+    const auto multiply = [&](const float* x, int64_t x_stride, const T* packed, const float* floats,
+                              int64_t stride, int64_t n, bool resume, float* to, int64_t to_stride) {
+      if (unpack)
+        product_rows<kTileSlots, float>(seen, {x, x_stride, floats, stride, n, resume, to, to_stride});
+      else
+        product_rows<kTileSlots, T>(seen, {x, x_stride, packed, stride, n, resume, to, to_stride});
+    };
+    float* s = scores + seeing.first * 32;
+    multiply(q + seeing.first * padded, padded, k, k_floats, 32, a.head_dim, false, s, 32);
 
-    for (int64_t r = first_row; r < rows; ++r) {
+    for (int64_t r = seeing.first; r < seeing.end; ++r) {
       float* row = scores + r * 32;
       F32 first = load(row), second = load(row + 16);
-      const int64_t visible = a.position + r / a.group + 1 - begin;
+      if constexpr (kScaled) {
+        const float* scales = reinterpret_cast<const float*>(k + kBlockTokens * padded);
+        first = mul(first, load(scales));
+        second = mul(second, load(scales + 16));
+      }
+      const F32 hidden = splat(kMinusInfinity);
+      const int64_t visible = a.position + r / a.group + 1 - begin, skipped = first_key(r) - begin;
       if (visible < kBlockTokens) {
-        first = select(first_lanes(visible), first, splat(kMinusInfinity));
-        second = select(first_lanes(visible > 16 ? visible - 16 : 0), second, splat(kMinusInfinity));
+        first = select(first_lanes(visible), first, hidden);
+        second = select(first_lanes(visible > 16 ? visible - 16 : 0), second, hidden);
+      }
+      if (skipped > 0) {
+        first = select(first_lanes(skipped), hidden, first);
+        second = select(first_lanes(skipped > 16 ? skipped - 16 : 0), hidden, second);
       }
       const float block_largest = max_of(max(first, second));
       const float largest = block_largest > state[r].largest ? block_largest : state[r].largest;
       first = exp(sub(first, splat(largest)));
       second = exp(sub(second, splat(largest)));
-      store(row, first);
-      store(row + 16, second);
       // Where the largest score stays, c is exactly 1; on the first block there is nothing to rescale yet.
       float kept = state[r].weight;
       if (largest > state[r].largest && kept > 0) {
@@ -162,27 +198,28 @@ void attention(const AttentionArgs& a) {
         scale_row(o + r * padded, keep, padded);
       }
       state[r] = {largest, kept + sum(add(first, second))};
+      if constexpr (kScaled) {
+        const float* scales = reinterpret_cast<const float*>(v + kBlockTokens * padded);
+        first = mul(first, load(scales));
+        second = mul(second, load(scales + 16));
+      }
+      store(row, first);
+      store(row + 16, second);
     }
 
-    if (block + 1 < blocks) prefetch(in_block(block + 1, a.k_offset), padded);
-    for (int64_t column = 0; column < padded; column += 32) {
-      if (unpack)
-        product_rows(seen, s, 32, v_floats + column, padded, keys, true, weighted + column, padded);
-      else
-        product_rows(seen, s, 32, v + column, padded, keys, true, weighted + column, padded);
-    }
+    if (block + 1 < blocks) prefetch(in_block(block + 1, a.k_offset), unit);
+    for (int64_t column = 0; column < padded; column += 32)
+      multiply(s, 32, v + column, v_floats + column, padded, keys, true, o + seeing.first * padded + column,
+               padded);
 
-    const int64_t segment = block / kSegmentBlocks;
-    const bool ends = (block + 1) % kSegmentBlocks == 0 || block + 1 == blocks;
-    if (!ends) continue;
-    const int64_t segment_begin = segment * kSegmentBlocks * kBlockTokens;
-    const int64_t first_in_segment = segment_begin > a.position ? (segment_begin - a.position) * a.group : 0;
-    for (int64_t r = first_in_segment; r < rows; ++r) {
-      if (segment == 0) {
+    if (begin + kBlockTokens < segment_begin + kSegment && block + 1 < blocks) continue;
+    const Rows done = rows_that_see(segment_begin, kSegment);
+    for (int64_t r = done.first; r < done.end; ++r) {
+      if (first_key(r) < segment_begin) {
+        merge(total[r], o_total + r * padded, state[r], o + r * padded, padded);
+      } else {  // the first segment the row sees
         total[r] = state[r];
         for (int64_t i = 0; i < padded; i += 16) store(o_total + r * padded + i, load(o + r * padded + i));
-      } else {
-        merge(total[r], o_total + r * padded, state[r], o + r * padded, padded);
       }
     }
   }
@@ -212,13 +249,47 @@ void store_kv(const StoreKvArgs& a) {
   for (int i = 0; i < a.head_dim; ++i) put(v + i, a.v[i]);
 }
 
+F32 finite(F32 x, float limit) {
+  x = max(select(at_least(x, x), x, splat(0)), splat(-limit));
+  return select(at_least(splat(limit), x), x, splat(limit));
+}
+
+// Quantises x [n] into codes `stride` bytes apart; returns their scale.
+float quantise(const float* x, int64_t n, int8_t* codes, int64_t stride) {
+  const auto numbers = [&](int64_t i) { return finite(load(x + i, first_lanes(n - i)), kQ8Limit); };
+  F32 largest = splat(0);
+  for (int64_t i = 0; i < n; i += 16) largest = max(largest, abs(numbers(i)));
+  float d = max_of(largest) / 127.0f;
+  if (d < 1e-36f) d = 0;  // 1/d would overflow
+  const F32 inverse = splat(d > 0 ? 1.0f / d : 0.0f);
+  for (int64_t i = 0; i < n; i += 16) {
+    int8_t bytes[16];
+    store_bytes(bytes, to_int(mul(numbers(i), inverse)));
+    for (int64_t j = i; j < n && j < i + 16; ++j) codes[j * stride] = bytes[j - i];
+  }
+  return d;
+}
+
+void store_q8(const StoreKvArgs& a) {
+  const int64_t padded = padded_head_dim(a.head_dim), scales = kBlockTokens * padded;
+  int8_t* k = reinterpret_cast<int8_t*>(a.k_base);
+  int8_t* v = reinterpret_cast<int8_t*>(a.v_base);
+  reinterpret_cast<float*>(k + scales)[a.slot] = quantise(a.k, a.head_dim, k + a.slot, kBlockTokens);
+  reinterpret_cast<float*>(v + scales)[a.slot] = quantise(a.v, a.head_dim, v + a.slot * padded, 1);
+}
+
+template <class T>
+void fill(Kernels& table, void (*store_one)(const StoreKvArgs&)) {
+  table.attention[static_cast<int>(kDtype<T>)] = attention<T>;
+  table.store_kv[static_cast<int>(kDtype<T>)] = store_one;
+}
+
 }  // namespace
 
 void fill_attention(Kernels& table) {
-  table.attention[0] = attention<float>;
-  table.attention[1] = attention<uint16_t>;
-  table.store_kv[0] = store_kv<float>;
-  table.store_kv[1] = store_kv<uint16_t>;
+  fill<float>(table, store_kv<float>);
+  fill<uint16_t>(table, store_kv<uint16_t>);
+  fill<int8_t>(table, store_q8);
 }
 
 }  // namespace hexad::HEXAD_NAMESPACE

@@ -84,6 +84,11 @@ inline void store_bytes(int8_t* p, I32 x) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(x));
 }
 
+// Sixteen signed bytes.
+inline I32 load_bytes(const int8_t* p) {
+  return _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+
 inline Quads load_quads(const void* p) { return _mm512_loadu_si512(p); }
 inline void store_quads(void* p, Quads x) { _mm512_storeu_si512(p, x); }
 inline bool any_nan(F32 a, F32 b) { return _mm512_cmp_ps_mask(a, b, _CMP_UNORD_Q) != 0; }

@@ -17,7 +17,7 @@ class Program:
         isa: str,
         threads: int,
         quantised: bool,
-        kv_f16: bool,
+        kv_dtype: str,
         max_rows: int,
         max_seqs: int,
         kv_blocks: int,
@@ -26,10 +26,10 @@ class Program:
     def pack_weight(self, weight: int, stored: str, data: NDArray[Any]) -> None: ...
     def add_vector(self, values: NDArray[Any]) -> int: ...
     def add_buffer(self, features: int) -> int: ...
-    def add_rope(self, inv_freq: NDArray[Any]) -> int: ...
+    def add_rope(self, inv_freq: NDArray[Any], magnitude: float) -> int: ...
     def set_cache(self, layers: int, kv_heads: int, head_dim: int) -> None: ...
     def op_embed(self, weight: int, out: int) -> None: ...
-    def op_norm(self, x: int, weight: int, eps: float, out: int) -> None: ...
+    def op_norm(self, x: int, weight: int, eps: float, heads: int, out: int) -> None: ...
     def op_linear(
         self,
         x: int,
@@ -52,11 +52,15 @@ class Program:
         v: int,
         v_column: int,
         rope: int,
+        q_norm: int,
+        k_norm: int,
+        norm_eps: float,
         layer: int,
         heads: int,
         kv_heads: int,
         head_dim: int,
         scale: float,
+        window: int,
         out: int,
     ) -> None: ...
     def op_take_rows(self, x: int, out: int) -> None: ...

@@ -9,7 +9,8 @@ from hexad.checks import check_choice, check_integer, check_number
 from hexad.errors import ConfigError
 
 Compute = Literal["int8", "float"]
-KVDtype = Literal["auto", "f32", "f16"]
+CacheDtype = Literal["f32", "f16", "q8"]
+KVDtype = Literal["auto", CacheDtype]
 SchedulingPolicy = Literal["fcfs", "priority"]
 
 BLOCK_TOKENS = 32
@@ -21,7 +22,8 @@ class EngineConfig:
     """Settings of one engine.
 
     compute: "int8" quantises activations per 32 values for quantised weights; "float" keeps them in float32.
-    kv_dtype: type of the KV cache; "auto" is f16 for compute="int8" and f32 for compute="float".
+    kv_dtype: type of the KV cache; "auto" is f16 for compute="int8" and f32 for compute="float"; "q8" keeps
+        8-bit integers and a float32 scale per token and KV head.
     max_model_len: longest sequence in tokens; None takes the model's own context length.
     max_num_seqs: most sequences in one step.
     max_num_batched_tokens: most tokens in one step.
@@ -55,7 +57,7 @@ class EngineConfig:
     def __post_init__(self) -> None:
         for field, choices in (
             ("compute", ("int8", "float")),
-            ("kv_dtype", ("auto", "f32", "f16")),
+            ("kv_dtype", ("auto", "f32", "f16", "q8")),
             ("scheduling_policy", ("fcfs", "priority")),
             ("enable_prefix_caching", (True, False)),
         ):
@@ -101,7 +103,7 @@ class EngineConfig:
             check_integer(ConfigError, "seed", self.seed, "None or an integer", lambda v: True)
 
     @property
-    def resolved_kv_dtype(self) -> Literal["f32", "f16"]:
+    def resolved_kv_dtype(self) -> CacheDtype:
         """The KV cache's type with "auto" resolved."""
         if self.kv_dtype == "auto":
             return "f16" if self.compute == "int8" else "f32"

@@ -40,7 +40,7 @@ _NOTHING_TO_DO: Mapping[str, tuple[object, ...] | None] = {
     "enforce_eager": None,
     "gpu_memory_utilization": None,
     "hf_overrides": (None, {}),
-    "kv_cache_dtype": ("auto",),
+    "kv_cache_dtype": ("auto", "int8_per_token_head"),
     "limit_mm_per_prompt": None,
     "load_format": ("auto", "gguf", "safetensors"),
     "logits_processors": (None,),
@@ -149,7 +149,8 @@ def engine_config(settings: Mapping[str, Any]) -> EngineConfig:
     """The EngineConfig that keyword arguments ask for: its own fields, and those of vLLM's LLM that can be
     met.
 
-    kv_cache_memory_bytes is kv_cache_gib in bytes. Raises ConfigError for all others.
+    kv_cache_memory_bytes is kv_cache_gib in bytes, and kv_cache_dtype="int8_per_token_head" is kv_dtype="q8".
+    Raises ConfigError for all others.
     """
     known = {field.name for field in fields(EngineConfig)}
     asked = dict(settings)
@@ -160,6 +161,8 @@ def engine_config(settings: Mapping[str, Any]) -> EngineConfig:
                 "kv_cache_gib and kv_cache_memory_bytes are two ways to say one thing; give one."
             )
         asked["kv_cache_gib"] = size / 2**30
+    if asked.get("kv_cache_dtype") == "int8_per_token_head" and asked.setdefault("kv_dtype", "q8") != "q8":
+        raise ConfigError("kv_dtype and kv_cache_dtype are two ways to say one thing; give one.")
     for name in asked.keys() - known:
         if name not in _NOTHING_TO_DO:
             raise ConfigError(f"There is no setting {name!r}; the settings are {', '.join(sorted(known))}.")

@@ -18,7 +18,7 @@ from tests.tiny_models import dense, make_batch
 from hexad import _native
 from hexad.backends.backend import Batch, CompileOptions, Limits
 from hexad.backends.cpu import CpuBackend, CpuExecutable
-from hexad.config import BLOCK_TOKENS
+from hexad.config import BLOCK_TOKENS, CacheDtype
 from hexad.graph import Graph
 from hexad.graph.fuse import fuse
 from hexad.weights import Weight
@@ -68,7 +68,7 @@ class RowProgram:
         *,
         isa: str,
         compute: Literal["int8", "float"] = "float",
-        kv_dtype: Literal["f32", "f16"] = "f32",
+        kv_dtype: CacheDtype = "f32",
         threads: int = 1,
         fused: bool = True,
         rows: int = 256,
@@ -145,7 +145,7 @@ def int8_linear(x: NDArray[np.float32], weight: Weight) -> tuple[NDArray[np.floa
 
 
 def quantise(x: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Integers (in float32) and scales of finite groups [..., 32]: d = max|x| / 127, q = x/d to even."""
+    """Integers (in float32) and scales of finite groups [..., n]: d = max|x| / 127, q = x/d to even."""
     d = np.abs(x).max(axis=-1) / np.float32(127)
     d[d < 1e-36] = 0  # 1/d would overflow
     inverse = np.divide(np.float32(1), d, out=np.zeros_like(d), where=d > 0)

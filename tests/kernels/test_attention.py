@@ -1,7 +1,8 @@
-"""Paged attention on every ISA, in both cache types, against its definition in float64."""
+"""Paged attention on every ISA, in every cache type, against its definition in float64."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -9,17 +10,19 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from tests.kernels.programs import ISAS, RowProgram, assert_within, gamma
+from tests.kernels.programs import ISAS, RowProgram, assert_within, gamma, quantise
 from tests.tiny_models import dense, limits_for, make_batch, one_sequence
 
 from hexad.backends.backend import CompileOptions
 from hexad.backends.cpu import CpuBackend
-from hexad.backends.reference import ReferenceBackend
+from hexad.backends.reference import ReferenceBackend, from_cache, to_cache
 from hexad.config import BLOCK_TOKENS
 from hexad.graph import Graph, RopeSpec
 from hexad.graph.fuse import fuse
 
 pytestmark = pytest.mark.parametrize("isa", ISAS)
+
+KV_DTYPES = ["f32", "f16", "q8"]
 
 Sequences = list[tuple[range, int, Sequence[int]]]
 
@@ -32,6 +35,7 @@ class Case:
     head_dim: int
     group: int
     kv_heads: int = 2
+    window: int | None = None
 
     def __post_init__(self) -> None:
         rng = np.random.default_rng(self.rows + self.head_dim)
@@ -58,10 +62,20 @@ class Case:
             return graph.attention(
                 queries, keys, values,
                 layer=1, heads=self.heads, kv_heads=self.kv_heads, head_dim=self.head_dim, scale=self.scale,
+                window=self.window,
             )  # fmt: skip
 
         weights = {"k.weight": dense(k), "v.weight": dense(v)}
-        return RowProgram(q, build, q.shape[1], weights, rows=max(self.rows, 512), **settings)
+        settings.setdefault("rows", max(self.rows, 512))
+        return RowProgram(q, build, q.shape[1], weights, **settings)
+
+    def cached(self, table: NDArray[np.float32], kv_dtype: str) -> NDArray[np.float64]:
+        """Keys or values as the cache keeps them, [rows, kv heads, head_dim]."""
+        heads = table.reshape(len(table), self.kv_heads, self.head_dim)
+        if kv_dtype != "q8":
+            return heads.astype(np.float16 if kv_dtype == "f16" else np.float32).astype(np.float64)
+        codes, scales = quantise(heads)
+        return codes.astype(np.float64) * scales[..., None]
 
     def expected(
         self, tokens: range, rows: Sequence[int], kv_dtype: str
@@ -71,27 +85,25 @@ class Case:
         A score is a chain of head_dim roundings, off by γ(D + 4)·S for the largest Σ|q||k|·scale, S; so is,
         relatively, its weight, twice since the largest score is subtracted. exp itself is good to 2⁻²¹, and
         so is each of the B times by which a block rescales what came before. The weighted sum is a chain of
-        T terms. The quotient doubles it all: 2 · (2γ(D + 4)·S + (B + 2)·2⁻²¹ + γ(T + 2B)) · Σ p|v|.
+        T terms, which q8 rounds once more. The quotient doubles it all: 2 · (2γ(D + 4)·S + (B + 2)·2⁻²¹ +
+        γ(T + 1 + 2B)) · Σ p|v|.
         """
-        cast = np.float16 if kv_dtype == "f16" else np.float32
         q = self.tables[0][tokens].astype(np.float64).reshape(len(tokens), self.heads, -1)
-        k, v = (
-            table[tokens].astype(cast).astype(np.float64).reshape(len(tokens), self.kv_heads, -1)
-            for table in self.tables[1:]
-        )
+        k, v = (self.cached(table[tokens], kv_dtype) for table in self.tables[1:])
         outputs, bounds = [], []
         for row in rows:
+            first = 0 if self.window is None else max(0, row - self.window + 1)
             for head in range(self.heads):
-                keys, values = (x[: row + 1, head // self.group] for x in (k, v))
+                keys, values = (x[first : row + 1, head // self.group] for x in (k, v))
                 scores = keys @ q[row, head] * self.scale
                 p = np.exp(scores - scores.max())
                 p /= p.sum()
                 largest = (np.abs(keys) @ np.abs(q[row, head])).max() * self.scale
-                blocks = -(-(row + 1) // BLOCK_TOKENS)
+                blocks = row // BLOCK_TOKENS - first // BLOCK_TOKENS + 1
                 relative = (
                     2 * gamma(self.head_dim + 4) * largest
                     + (blocks + 2) * 2**-21
-                    + gamma(row + 1 + 2 * blocks)
+                    + gamma(row - first + 2 + 2 * blocks)
                 )
                 outputs.append(p @ values)
                 bounds.append(2 * relative * (p @ np.abs(values)))
@@ -123,7 +135,9 @@ def check(case: Case, lengths: Sequence[int], isa: str, kv_dtype: str, threads: 
     litter(case, program, blocks)
     sequences = scattered(lengths, blocks)
     batch = make_batch(sequences)
-    wanted = [sorted({*range(max(0, n - 2), n), n // 2, 0}) for n in lengths]
+    w = case.window or 0
+    edges = {0, w - 1, w, 511, 512, 511 + w, 512 + w, *(range(w - 3, w + 31, 8))} if w else {0}
+    wanted = [sorted(edges & set(range(n)) | {*range(max(0, n - 2), n), n // 2}) for n in lengths]
     rows = [int(start) + row for start, some in zip(batch.row_starts, wanted, strict=False) for row in some]
     found = program.step(replace(batch, sample_rows=np.array(rows, np.int32)))
     for (tokens, _, _), some in zip(sequences, wanted, strict=True):
@@ -132,7 +146,7 @@ def check(case: Case, lengths: Sequence[int], isa: str, kv_dtype: str, threads: 
         found = found[len(some) :]
 
 
-@pytest.mark.parametrize("kv_dtype", ["f32", "f16"])
+@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
 @pytest.mark.parametrize("group", [1, 3, 8])
 @pytest.mark.parametrize("head_dim", [20, 32, 64, 80, 128])
 def test_short(head_dim: int, group: int, kv_dtype: str, isa: str) -> None:
@@ -140,7 +154,7 @@ def test_short(head_dim: int, group: int, kv_dtype: str, isa: str) -> None:
     check(Case(sum(lengths), head_dim, group), lengths, isa, kv_dtype, threads=2)
 
 
-@pytest.mark.parametrize("kv_dtype", ["f32", "f16"])
+@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
 @pytest.mark.parametrize("group", [1, 3])
 def test_segments(group: int, kv_dtype: str, isa: str) -> None:
     """Contexts on both sides of one segment of 512 keys, and of two."""
@@ -148,7 +162,7 @@ def test_segments(group: int, kv_dtype: str, isa: str) -> None:
     check(Case(sum(lengths), 36, group, kv_heads=1), lengths, isa, kv_dtype)
 
 
-@pytest.mark.parametrize("kv_dtype", ["f32", "f16"])
+@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
 def test_chunks_company_and_threads_change_no_bit(kv_dtype: str, isa: str) -> None:
     """Whole, in chunks, alone, in company, on 1 to 3 threads, in blocks that held others: the same."""
     lengths = [600, 40, 1, 77]
@@ -171,7 +185,7 @@ def test_chunks_company_and_threads_change_no_bit(kv_dtype: str, isa: str) -> No
             done += size
 
 
-@pytest.mark.parametrize("kv_dtype", ["f32", "f16"])
+@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
 @pytest.mark.parametrize("rotary_dim", [8, 20])
 def test_fused_rope_changes_no_bit(rotary_dim: int, kv_dtype: str, isa: str) -> None:
     lengths = [33, 70]
@@ -184,10 +198,11 @@ def test_fused_rope_changes_no_bit(rotary_dim: int, kv_dtype: str, isa: str) -> 
     assert np.array_equal(plain, fused)
 
 
-def test_copied_blocks(isa: str) -> None:
+@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
+def test_copied_blocks(kv_dtype: str, isa: str) -> None:
     """A copied block serves as the original, also after that is overwritten."""
     case = Case(140, 32, 2)
-    program = case.program(isa=isa)
+    program = case.program(isa=isa, kv_dtype=kv_dtype)
     whole = program.step(make_batch([(range(70), 0, [4, 2, 9])], sample="all"))
     program.step(make_batch([(range(64), 0, [4, 2])]))
     program.executable.copy_blocks([(4, 0), (2, 7)])
@@ -206,7 +221,142 @@ def test_f16_cache_saturates(isa: str) -> None:
     assert np.abs(found - 65504).max() <= 65504 * 1e-5
 
 
-@pytest.mark.parametrize("kv_dtype", ["f32", "f16"])
+@pytest.mark.parametrize("head_dim", [20, 64, 100])
+def test_q8_codes(head_dim: int, isa: str) -> None:
+    """A token alone gets its value back: code × scale to the bit, as the reference backend keeps it, whatever
+    the value's size and where it is not finite."""
+    case = Case(200, head_dim, 2)
+    rng = np.random.default_rng(5)
+    values = case.tables[2]
+    values *= 10.0 ** rng.integers(-44, 36, (len(values), 1))
+    values[0], values[1] = 0, 1e-36
+    for row, value in enumerate((np.nan, np.inf, -np.inf, 3e38, -3e38, 127, 126.5, 2.5), 2):
+        values[row, ::7] = value
+        values[row, 1::5] = value
+    program = case.program(isa=isa, kv_dtype="q8", rows=16)
+    batches = [range(first, min(first + 16, 200)) for first in range(0, 200, 16)]
+    found = np.concatenate(
+        [program.step(make_batch([([t], 0, [t % 16]) for t in tokens], sample="all")) for tokens in batches]
+    )
+    heads = values[:200].reshape(200, 2, head_dim)
+    kept = from_cache(to_cache(heads, "q8"))
+    assert np.array_equal(found.reshape(200, 2, 2, head_dim), np.repeat(kept[:, :, None], 2, axis=2))
+    finite = np.isfinite(heads).all(axis=-1)
+    codes, scales = quantise(heads[finite])
+    assert np.array_equal(kept[finite], codes * scales[..., None])
+    assert np.isfinite(kept).all()
+
+
+def test_q8_takes_keys_that_are_not_finite_for_finite_ones(isa: str) -> None:
+    """Infinities for 3.4e38, a NaN for 0, and the rest of the head goes by their scale."""
+    case = Case(40, 32, 2)
+    case.tables[0] *= 1e-37
+    keys = case.tables[1]
+    keys[3, 5], keys[7, 40], keys[11, 9] = np.nan, np.inf, -np.inf
+    found = case.program(isa=isa, kv_dtype="q8")(range(40))
+    keys[3, 5], keys[7, 40], keys[11, 9] = 0, 3.4e38, -3.4e38
+    assert np.isfinite(found).all()
+    assert np.array_equal(found, case.program(isa=isa, kv_dtype="q8")(range(40)))
+
+
+WINDOWS = [1, 2, 31, 32, 33, 100, 512, 600]
+
+
+@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
+@pytest.mark.parametrize("window", WINDOWS)
+def test_window(window: int, kv_dtype: str, isa: str) -> None:
+    """Windows within a block, over blocks and over segments, in contexts before and after they fill."""
+    lengths = [20, 600, 1250]
+    check(Case(sum(lengths), 36, 3, kv_heads=1, window=window), lengths, isa, kv_dtype)
+
+
+@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
+@pytest.mark.parametrize("window", WINDOWS)
+def test_chunks_change_no_bit_of_a_window(window: int, kv_dtype: str, isa: str) -> None:
+    """Whole, in chunks and token by token, beside another sequence, whatever is in the blocks behind."""
+    case = Case(1250, 32, 3, kv_heads=1, window=window)
+    blocks = 50
+    (tokens, _, table), other = scattered([1200, 50], blocks)
+    program = case.program(isa=isa, kv_dtype=kv_dtype, kv_blocks=blocks)
+    whole = program.step(make_batch([(tokens, 0, table), other], sample="all"))
+    assert np.isfinite(whole).all()
+    litter(case, program, blocks)
+    spoilt = next(block for block in range(blocks) if block not in table)
+    done = 0
+    for size in (1, 7, 100, 32, 250, 120, *[1] * 40, 300, 200, *[1] * 34, 116):  # 1200 in all
+        behind = max(0, done - window + 1) // BLOCK_TOKENS  # blocks that no row sees any more
+        seen = [*[spoilt] * behind, *table[behind:]]
+        chunk = make_batch([(tokens[done : done + size], done, seen)], sample="all")
+        assert np.array_equal(program.step(chunk), whole[done : done + size])
+        done += size
+    assert done == 1200
+
+
+def test_a_window_as_long_as_the_context_is_none(isa: str) -> None:
+    lengths = [70, 600]
+    cases = [Case(sum(lengths), 32, 2, window=window) for window in (None, 600, 2**31 - 1)]
+    batch = make_batch(scattered(lengths, 30), sample="all")
+    free, *bounded = (case.program(isa=isa).step(batch) for case in cases)
+    for found in bounded:
+        assert np.array_equal(found, free)
+
+
+def test_blocks_behind_the_window_are_not_read(isa: str) -> None:
+    """Two blocks of 32 tokens take a small part of the time that 512 take."""
+    seconds = []
+    for window in (None, 32):
+        case = Case(1, 128, 2, kv_heads=4, window=window)
+        program = case.program(isa=isa, kv_blocks=512, rows=1024)
+        batch = make_batch([([0], 512 * BLOCK_TOKENS - 1, range(512))])
+        best = np.inf
+        for _ in range(7):
+            start = time.perf_counter()
+            program.executable.forward(batch)
+            best = min(best, time.perf_counter() - start)
+        seconds.append(best)
+    assert seconds[1] * 8 < seconds[0]
+
+
+@pytest.mark.parametrize("rope", [None, RopeSpec(36, 20, 100.0, magnitude=1.25)])
+@pytest.mark.parametrize("normed", ["qk", "q", "k"])
+def test_fused_norms_change_no_bit(normed: str, rope: RopeSpec | None, isa: str) -> None:
+    """Norms of each head of q and k and their rotation where they lie, and as nodes of their own."""
+    case = Case(120, 36, 3)
+    q, k, v = case.tables
+    rng = np.random.default_rng(6)
+    weights = {"k.weight": dense(k), "v.weight": dense(v)} | {
+        f"{name}_norm.weight": dense(rng.uniform(0.5, 2, 36).astype(np.float32)) for name in "qk"
+    }
+    shape = {"layer": 0, "heads": 6, "kv_heads": 2, "head_dim": 36, "scale": 0.3, "window": 50}
+
+    def plain(graph: Graph, queries: int) -> int:
+        keys = graph.embed("k")
+        if "q" in normed:
+            queries = graph.norm(queries, "q_norm", eps=1e-3, heads=6)
+        if "k" in normed:
+            keys = graph.norm(keys, "k_norm", eps=1e-3, heads=2)
+        if rope is not None:
+            queries, keys = graph.rope(queries, rope), graph.rope(keys, rope)
+        return graph.attention(queries, keys, graph.embed("v"), **shape)
+
+    def together(graph: Graph, queries: int) -> int:
+        norms = tuple(f"{name}_norm.weight" if name in normed else None for name in "qk")
+        return graph.append(
+            "fused_attention", (queries, graph.embed("k"), graph.embed("v")),
+            tuple(name for name in norms if name),
+            **shape, norms=norms, norm_eps=1e-3, rope=rope, offsets=(0, 0, 0),
+        )  # fmt: skip
+
+    batch = make_batch(scattered([33, 70], 8), sample="all")
+    found = [
+        RowProgram(q, build, q.shape[1], weights, isa=isa, fused=False).step(batch)
+        for build in (plain, together)
+    ]
+    assert np.array_equal(*found)
+    assert not np.array_equal(found[0], case.program(rope, isa=isa).step(batch))
+
+
+@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_later_tokens_never_influence_earlier_ones(value: float, kv_dtype: str, isa: str) -> None:
     """Not even where their keys and values are not finite, in the same tile of rows."""

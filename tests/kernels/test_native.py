@@ -141,7 +141,7 @@ def test_unknown_isa() -> None:
 
 
 def program(**settings: Any) -> _native.Program:
-    defaults = {"isa": "", "threads": 1, "quantised": True, "kv_f16": True}
+    defaults = {"isa": "", "threads": 1, "quantised": True, "kv_dtype": "f16"}
     return _native.Program(**{**defaults, "max_rows": 8, "max_seqs": 1, "kv_blocks": 1, **settings})
 
 
@@ -169,18 +169,23 @@ def test_ops_that_do_not_fit() -> None:
     table = p.add_weight("F32", 10, 16)
     x, y, narrow = p.add_buffer(16), p.add_buffer(16), p.add_buffer(8)
     scale = p.add_vector(np.ones(16, np.float32))
-    rope = p.add_rope(np.ones(4, np.float32))
+    rope, head_scale = p.add_rope(np.ones(4, np.float32), 1.0), p.add_vector(np.ones(8, np.float32))
     p.set_cache(1, 1, 8)
     attention = {
-        "q": x, "q_column": 0, "k": x, "k_column": 0, "v": x, "v_column": 8, "rope": -1, "layer": 0,
-        "heads": 1, "kv_heads": 1, "head_dim": 8, "scale": 1.0, "out": narrow,
+        "q": x, "q_column": 0, "k": x, "k_column": 0, "v": x, "v_column": 8, "rope": -1, "q_norm": -1,
+        "k_norm": -1, "norm_eps": 0.0, "layer": 0, "heads": 1, "kv_heads": 1, "head_dim": 8, "scale": 1.0,
+        "window": 0, "out": narrow,
     }  # fmt: skip
     calls = [
         lambda: p.op_embed(table, narrow),
         lambda: p.op_embed(table, 99),
         lambda: p.op_embed(7, x),
-        lambda: p.op_norm(x, 5, 1e-5, y),
-        lambda: p.op_norm(narrow, scale, 1e-5, narrow),
+        lambda: p.op_norm(x, 5, 1e-5, 1, y),
+        lambda: p.op_norm(narrow, scale, 1e-5, 1, narrow),
+        lambda: p.op_norm(x, scale, 1e-5, 2, y),
+        lambda: p.op_norm(x, head_scale, 1e-5, 1, y),
+        lambda: p.op_norm(x, head_scale, 1e-5, 3, y),
+        lambda: p.op_norm(x, scale, 1e-5, 0, y),
         lambda: p.op_linear(x, -1, 0.0, [], "store", -1, y),
         lambda: p.op_linear(x, -1, 0.0, [(table, -1)], "store", -1, y),
         lambda: p.op_linear(x, -1, 0.0, [(table, -1)], "multiply", -1, y),
@@ -198,7 +203,8 @@ def test_ops_that_do_not_fit() -> None:
             lambda wrong=wrong: p.op_attention(**{**attention, **wrong})
             for wrong in (
                 {"layer": 1}, {"heads": 3}, {"kv_heads": 2}, {"v_column": 9}, {"q_column": -1}, {"out": x},
-                {"head_dim": 16}, {"rope": 4}, {"heads": 0}, {"q": 44},
+                {"head_dim": 16}, {"rope": 4}, {"heads": 0}, {"q": 44}, {"window": -1},
+                {"q_norm": 9}, {"k_norm": scale}, {"rope": rope}, {"q_norm": head_scale},  # q and k overlap
             )
         ),
         lambda: p.forward(*(getattr(one_sequence([1]), name) for name in Batch.__slots__)),  # not sealed

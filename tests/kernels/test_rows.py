@@ -49,23 +49,44 @@ def test_norm(width: int, isa: str) -> None:
     assert_within(program(range(33)), expected, gamma((width / 16 + 6) / 2 + 5) * np.abs(expected))
 
 
+@pytest.mark.parametrize(("heads", "size"), [(1, 33), (3, 20), (9, 64), (2, 128)])
+def test_norm_of_heads(heads: int, size: int, isa: str) -> None:
+    """Each head is normed as a row of its size is."""
+    rng = np.random.default_rng(8)
+    x = (rng.normal(0, 1, (33, heads, size)) * rng.choice([0.1, 10], (33, heads, 1))).astype(np.float32)
+    weights = {"n.weight": dense(rng.uniform(0.5, 1.5, size).astype(np.float32))}
+    together = RowProgram(
+        x.reshape(33, -1),
+        lambda graph, rows: graph.norm(rows, "n", eps=1e-5, heads=heads),
+        heads * size, weights, isa=isa,
+    )  # fmt: skip
+    alone = RowProgram(
+        x.reshape(-1, size), lambda graph, rows: graph.norm(rows, "n", eps=1e-5), size, weights,
+        isa=isa, rows=33 * heads,
+    )  # fmt: skip
+    assert np.array_equal(together(range(33)).reshape(-1, size), alone(range(33 * heads)))
+
+
+@pytest.mark.parametrize("magnitude", [1.0, 1.2079442])
 @pytest.mark.parametrize("start", [0, 31, 8000])
 @pytest.mark.parametrize(("head_dim", "rotary_dim"), [(2, 2), (20, 20), (64, 64), (80, 32), (128, 128)])
-def test_rope(head_dim: int, rotary_dim: int, start: int, isa: str) -> None:
+def test_rope(head_dim: int, rotary_dim: int, start: int, magnitude: float, isa: str) -> None:
     """The angle is a float32 product by definition. Its sine and cosine may be off by an ulp, 2u, and each
-    product and the sum by u; features past rotary_dim stay as they are."""
+    product and the sum by u, as may be a magnitude and its products; features past rotary_dim stay as they
+    are."""
     rng = np.random.default_rng(2)
     x = rng.normal(0, 1, (33, 3 * head_dim)).astype(np.float32)
-    rope = RopeSpec(head_dim, rotary_dim, 10_000.0)
+    rope = RopeSpec(head_dim, rotary_dim, 10_000.0, magnitude=magnitude)
     program = RowProgram(x, lambda graph, rows: graph.rope(rows, rope), 3 * head_dim, isa=isa, kv_blocks=300)
     found = program.step(make_batch([(range(33), start, range(300))], sample="all")).reshape(33, 3, -1)
     positions = np.arange(start, start + 33, dtype=np.float32)
     angles = (positions[:, None] * rope.inv_freq()).astype(np.float64)[:, None]
     heads, half = x.reshape(33, 3, head_dim), rotary_dim // 2
     a, b = heads[..., :half].astype(np.float64), heads[..., half:rotary_dim].astype(np.float64)
-    bound = 4 * U * (np.abs(a) + np.abs(b))
-    assert_within(found[..., :half], a * np.cos(angles) - b * np.sin(angles), bound)
-    assert_within(found[..., half:rotary_dim], b * np.cos(angles) + a * np.sin(angles), bound)
+    bound = (4 if magnitude == 1 else 6 * magnitude) * U * (np.abs(a) + np.abs(b))
+    cos, sin = np.cos(angles) * magnitude, np.sin(angles) * magnitude
+    assert_within(found[..., :half], a * cos - b * sin, bound)
+    assert_within(found[..., half:rotary_dim], b * cos + a * sin, bound)
     assert np.array_equal(found[..., rotary_dim:], heads[..., rotary_dim:])
 
 

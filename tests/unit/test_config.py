@@ -15,7 +15,7 @@ from hexad.errors import ConfigError
     ("settings", "message"),
     [
         ({"compute": "fp8"}, "compute .* 'int8' or 'float', not 'fp8'"),
-        ({"kv_dtype": "q8"}, "kv_dtype .* not 'q8'"),
+        ({"kv_dtype": "q4"}, "kv_dtype .* 'q8', not 'q4'"),
         ({"max_model_len": 0}, "max_model_len .* not 0"),
         ({"max_num_seqs": -1}, "max_num_seqs .* not -1"),
         ({"max_num_seqs": None}, "max_num_seqs .* not None"),
@@ -63,7 +63,14 @@ def test_refuses(settings: dict[str, Any], message: str) -> None:
 
 @pytest.mark.parametrize(
     ("compute", "kv_dtype", "resolved"),
-    [("int8", "auto", "f16"), ("float", "auto", "f32"), ("int8", "f32", "f32"), ("float", "f16", "f16")],
+    [
+        ("int8", "auto", "f16"),
+        ("float", "auto", "f32"),
+        ("int8", "f32", "f32"),
+        ("float", "f16", "f16"),
+        ("int8", "q8", "q8"),
+        ("float", "q8", "q8"),
+    ],
 )
 def test_kv_dtype_follows_compute(compute: Any, kv_dtype: Any, resolved: str) -> None:
     assert EngineConfig(compute=compute, kv_dtype=kv_dtype).resolved_kv_dtype == resolved

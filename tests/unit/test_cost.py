@@ -99,6 +99,16 @@ def test_kv_bytes(kv_dtype: Any, size: int) -> None:
         assert of(model, graph, kv_dtype=kv_dtype).total.kv_written_bytes == LAYERS * 2 * KV * size
 
 
+def test_kv_bytes_of_q8_have_a_scale_for_each_head() -> None:
+    model = tiny_llama()  # 2 KV heads of 16
+    for graph in (model.graph(), fuse(model.graph())):
+        assert kv_bytes_per_token(graph, "q8") == LAYERS * 2 * 2 * 20
+        assert kv_bytes_per_token(graph, "q8", head_multiple=32) == LAYERS * 2 * 2 * 36
+        total = of(model, graph, rows=3, context=9, kv_dtype="q8").total
+        assert total.kv_written_bytes == 3 * LAYERS * 2 * 2 * 20
+        assert total.kv_read_bytes == 9 * LAYERS * 2 * 2 * 20
+
+
 def test_limits() -> None:
     model = tiny_llama()
     decode, prefill = of(model, context=64), of(model, rows=64, context=64)

@@ -90,7 +90,13 @@ def test_the_shape_rules_give_the_width(
     ("op", "inputs", "weights", "attrs", "message"),
     [
         ("norm", (0,), ("gone",), {}, "tensor gone is missing"),
-        ("norm", (0,), (MLP("up"),), {}, rf"tensor {MLP('up')} has shape \(96, 64\); \(64,\) expected"),
+        (
+            "norm",
+            (0,),
+            (MLP("up"),),
+            {"heads": None},
+            rf"tensor {MLP('up')} has shape \(96, 64\); \(64,\) expected",
+        ),
         ("linear", (0,), (MLP("down"),), {}, f"tensor {MLP('down')} has 96 input features; 64 expected"),
         ("linear", (0,), ("model.norm.weight",), {}, r"model\.norm\.weight has shape \(64,\); 2 dimensions"),
         ("linear", (0,), (MLP("up"), "model.norm.weight"), {}, r"model\.norm\.weight .* \(96,\) expected"),

@@ -119,6 +119,12 @@ def test_float_compute_shows() -> None:
     assert "(f32)" in find(lines, "KV cache", "a token")
 
 
+def test_q8_cache_shows() -> None:
+    lines = report(quantised(), kv_dtype="q8")
+    assert "Q8" in find(lines, "  attention", "RoPE", "paged", "float · avx512vnni").split()
+    assert f"{6 * 2 * 2 * (16 + 4)} B a token (q8)" in find(lines, "KV cache", "a token")
+
+
 def test_bytes_count_a_tied_table_once() -> None:
     model = quantised(layers=1)
     in_file = sum(weight.nbytes for weight in model.weights.values())

@@ -26,6 +26,7 @@ from hexad.errors import (
     TokenizerError,
     UnsupportedError,
 )
+from hexad.loader import engine_config
 
 
 def test_default_params_are_the_checkpoints_where_it_has_any(
@@ -146,6 +147,19 @@ def test_a_vllm_script_need_not_drop_arguments_that_ask_for_nothing(checkpoints:
 
 
 @pytest.mark.parametrize(
+    ("settings", "resolved"),
+    [
+        ({"kv_cache_dtype": "auto"}, "f16"),
+        ({"kv_cache_dtype": "auto", "kv_dtype": "q8"}, "q8"),
+        ({"kv_cache_dtype": "int8_per_token_head"}, "q8"),
+        ({"kv_cache_dtype": "int8_per_token_head", "kv_dtype": "q8"}, "q8"),
+    ],
+)
+def test_kv_cache_dtype(settings: dict[str, Any], resolved: str) -> None:
+    assert engine_config(settings).resolved_kv_dtype == resolved
+
+
+@pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"tensor_parallel_size": 2}, r"tensor_parallel_size=2 asks for something .* or give 1\."),
@@ -155,6 +169,8 @@ def test_a_vllm_script_need_not_drop_arguments_that_ask_for_nothing(checkpoints:
         ({"enable_chunked_prefill": False}, "enable_chunked_prefill=False"),
         ({"kv_cache_memory_bytes": 0}, "kv_cache_memory_bytes must be a positive integer, not 0"),
         ({"kv_cache_memory_bytes": 2**30, "kv_cache_gib": 1}, "two ways to say one thing"),
+        ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype='fp8' .* give 'auto' or 'int8_per_token_head'"),
+        ({"kv_cache_dtype": "int8_per_token_head", "kv_dtype": "f16"}, "two ways to say one thing"),
         ({"generation_config": "./folder"}, r"generation_config must be 'auto' or 'vllm', not '\./folder'"),
     ],
 )

@@ -426,5 +426,7 @@ def test_weight_bytes_of_the_reference_are_float32() -> None:
 def test_kv_block_bytes() -> None:
     graph = tiny_llama(layers=3, kv_heads=2, head_dim=40, heads=4).graph()
     assert CpuBackend().kv_block_bytes(graph, "f16") == 3 * 2 * 2 * 32 * 64 * 2  # heads padded to 64
+    assert CpuBackend().kv_block_bytes(graph, "q8") == 3 * 2 * 2 * 32 * (64 + 4)
+    assert ReferenceBackend().kv_block_bytes(graph, "q8") == 3 * 2 * 2 * 32 * (40 + 4)
     assert CpuBackend().kv_block_bytes(fuse(graph), "f32") == 3 * 2 * 2 * 32 * 64 * 4
     assert ReferenceBackend().kv_block_bytes(graph, "f32") == 3 * 2 * 2 * 32 * 40 * 4

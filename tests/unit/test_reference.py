@@ -12,7 +12,14 @@ from tests.sampling import make_batch as sample_batch
 from tests.tiny_models import limits_for, make_batch, one_sequence, tiny_llama
 
 from hexad.backends.backend import Batch, CompileOptions, Limits
-from hexad.backends.reference import ReferenceBackend, ReferenceExecutable, rotate, silu
+from hexad.backends.reference import (
+    ReferenceBackend,
+    ReferenceExecutable,
+    from_cache,
+    rotate,
+    silu,
+    to_cache,
+)
 from hexad.backends.reference_sampler import sample
 from hexad.errors import BackendError
 from hexad.graph import Node, RopeSpec
@@ -106,6 +113,31 @@ def test_the_cache_lies_block_by_block_in_the_dtype_asked_for() -> None:
     assert written.sum() == 40
     error = np.abs(logits(compiled("f16"), one_sequence(PROMPT)) - WHOLE).max()
     assert 0 < error < 2e-2
+
+
+def test_the_q8_cache_keeps_codes_and_their_scales() -> None:
+    executable = compiled("q8")
+    assert executable.kv.shape == (64, 2, 2, 2, 32)
+    assert executable.kv.nbytes == 64 * ReferenceBackend().kv_block_bytes(executable.graph, "q8")
+    executable.forward(make_batch([(PROMPT[:40], 0, [8, 3])]))
+    exact = compiled()
+    exact.forward(make_batch([(PROMPT[:40], 0, [8, 3])]))
+    for found, true in ((executable.kv[block, 0], exact.kv[block, 0]) for block in (8, 3)):
+        largest = np.abs(true).max(axis=-1)
+        np.testing.assert_allclose(found["scale"], largest / 127, rtol=1e-5)
+        assert np.abs(found["codes"].astype(int)).max(axis=-1)[largest > 0].min() == 127
+        assert (np.abs(from_cache(found) - true) <= 0.501 * found["scale"][..., None]).all()
+    assert (executable.kv["scale"] > 0).sum() == 40 * 2 * 2 * 2
+    error = np.abs(logits(compiled("q8"), one_sequence(PROMPT)) - WHOLE).max()
+    assert 1e-3 < error < 0.2
+
+
+def test_q8_by_hand() -> None:
+    x = np.array([[127, -63.4, 0.6, 0], [0, 1e-36, 0, 0], [np.nan, np.inf, -np.inf, 1e37]], np.float32)
+    packed = to_cache(x, "q8")
+    assert packed["codes"].tolist() == [[127, -63, 1, 0], [0, 0, 0, 0], [0, 127, -127, 4]]
+    assert packed["scale"].tolist() == [1, 0, np.float32(3.4e38) / np.float32(127)]
+    assert from_cache(packed)[0].tolist() == [127, -63, 1, 0]
 
 
 def test_rotation_by_hand() -> None:

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hexad.backends.sampling import SampleBatch, SampleOutput
+from hexad.config import CacheDtype
 from hexad.graph import Graph
 from hexad.weights import Weight
 
@@ -33,7 +34,7 @@ class CompileOptions:
     """How numbers are computed and stored; see EngineConfig. threads: None takes what the machine allows."""
 
     compute: Literal["int8", "float"] = "int8"
-    kv_dtype: Literal["f32", "f16"] = "f16"
+    kv_dtype: CacheDtype = "f16"
     threads: int | None = None
 
 
@@ -85,7 +86,7 @@ class Backend(Protocol):
     def weight_bytes(self, weight: Weight) -> int:
         """Bytes of a weight in memory."""
 
-    def kv_block_bytes(self, graph: Graph, kv_dtype: Literal["f32", "f16"]) -> int:
+    def kv_block_bytes(self, graph: Graph, kv_dtype: CacheDtype) -> int:
         """Bytes of one KV block: keys and values of 32 tokens in all layers."""
 
     def workspace_bytes(self, graph: Graph, options: CompileOptions, limits: Limits) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from math import prod
-from typing import ClassVar, Literal, cast
+from typing import Any, ClassVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from hexad.backends.backend import Batch, CompileOptions, Limits
 from hexad.backends.reference_sampler import sample
 from hexad.backends.sampling import SampleBatch, SampleOutput
-from hexad.config import BLOCK_TOKENS
+from hexad.config import BLOCK_TOKENS, CacheDtype
 from hexad.errors import BackendError
 from hexad.graph import Graph, Node, RopeSpec
 from hexad.graph.cost import kv_bytes_per_token
@@ -35,7 +35,7 @@ class ReferenceBackend:
         """Every weight is kept as float32."""
         return 4 * prod(weight.shape)
 
-    def kv_block_bytes(self, graph: Graph, kv_dtype: Literal["f32", "f16"]) -> int:
+    def kv_block_bytes(self, graph: Graph, kv_dtype: CacheDtype) -> int:
         """Bytes of one KV block."""
         return kv_bytes_per_token(graph, kv_dtype) * BLOCK_TOKENS
 
@@ -59,7 +59,8 @@ class ReferenceBackend:
 class ReferenceExecutable:
     """Implements `Executable`.
 
-    kv: the cache, [block, layer, K or V, kv head, token in block, head_dim]. Dequantised weights are kept.
+    kv: the cache, [block, layer, K or V, kv head, token in block, head_dim], or for q8 without the last axis
+    but of records, each a head's codes and their scale. Dequantised weights are kept.
     """
 
     def __init__(
@@ -74,10 +75,9 @@ class ReferenceExecutable:
             raise BackendError(f"layers differ in their KV heads and head size: {sorted(shapes)}")
         ((kv_heads, head_dim),) = shapes
         layers = 1 + max((attrs["layer"] for attrs in attention), default=-1)
-        self.kv: NDArray[np.float32 | np.float16] = np.zeros(
-            (limits.kv_blocks, layers, 2, kv_heads, BLOCK_TOKENS, head_dim),
-            dtype=np.float16 if options.kv_dtype == "f16" else np.float32,
-        )
+        self.kv_dtype = options.kv_dtype
+        empty = np.zeros((layers, 2, kv_heads, BLOCK_TOKENS, head_dim), np.float32)
+        self.kv = np.stack([to_cache(empty, self.kv_dtype)] * limits.kv_blocks)
         self._dequantised: dict[str, Array] = {}
         self._logits: Array = np.zeros((0, graph.vocab_size), np.float32)
         self._hidden: Array = np.zeros((0, graph.nodes[graph.nodes[-1].inputs[0]].features), np.float32)
@@ -190,9 +190,11 @@ class ReferenceExecutable:
             rows = slice(batch.row_starts[s], batch.row_starts[s + 1])
             positions = self._positions[rows]
             table = batch.block_tables[s]
-            cache[table[positions // BLOCK_TOKENS], :, :, positions % BLOCK_TOKENS] = new[rows]
+            cache[table[positions // BLOCK_TOKENS], :, :, positions % BLOCK_TOKENS] = to_cache(
+                new[rows], self.kv_dtype
+            )
             seen = np.arange(start + len(positions))
-            pages = cache[table[seen // BLOCK_TOKENS], :, :, seen % BLOCK_TOKENS].astype(np.float32)
+            pages = from_cache(cache[table[seen // BLOCK_TOKENS], :, :, seen % BLOCK_TOKENS])
             keys, values = pages.transpose(1, 2, 0, 3)  # each [kv head, seen, head_dim]
             queries = q[rows].transpose(1, 2, 0, 3)  # [kv head, query head of its group, row, head_dim]
             scores = queries @ keys[:, None].transpose(0, 1, 3, 2) * np.float32(attrs["scale"])
@@ -253,6 +255,27 @@ def rms_norm(x: Array, weight: Array, eps: float) -> Array:
     """x / √(mean(x²) + eps) × weight over the last axis, float32."""
     mean = np.mean(x * x, axis=-1, keepdims=True)
     return cast(Array, x / np.sqrt(mean + np.float32(eps)) * weight)
+
+
+def to_cache(x: Array, kv_dtype: CacheDtype) -> NDArray[Any]:
+    """x [..., head_dim] as the KV cache keeps it. In q8, records of int8 codes [head_dim] and the float32
+    scale d = max|x| / 127 that they count, after infinities became ±3.4e38 and NaNs 0."""
+    if kv_dtype != "q8":
+        return x.astype({"f32": np.float32, "f16": np.float16}[kv_dtype])
+    x = np.clip(np.nan_to_num(x), np.float32(-3.4e38), np.float32(3.4e38))
+    d = np.abs(x).max(axis=-1, initial=0) / np.float32(127)
+    d[d < 1e-36] = 0  # 1/d would overflow
+    inverse = np.divide(np.float32(1), d, out=np.zeros_like(d), where=d > 0)
+    packed = np.empty(d.shape, [("codes", np.int8, x.shape[-1:]), ("scale", np.float32)])
+    packed["codes"], packed["scale"] = np.rint(x * inverse[..., None]), d
+    return packed
+
+
+def from_cache(kv: NDArray[Any]) -> Array:
+    """What `to_cache` made, as float32 [..., head_dim]."""
+    if kv.dtype.names is None:
+        return kv.astype(np.float32)
+    return cast(Array, kv["codes"] * kv["scale"][..., None])
 
 
 def silu(x: Array) -> Array:

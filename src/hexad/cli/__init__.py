@@ -104,7 +104,7 @@ MaxModelLen = Annotated[
     int | None, typer.Option(help="Longest sequence in tokens; the model's own if left out.")
 ]
 Compute = Annotated[str, typer.Option(help="int8 or float: the type of activations at quantised weights.")]
-KVDtype = Annotated[str, typer.Option(help="Type of the KV cache: auto, f32 or f16.")]
+KVDtype = Annotated[str, typer.Option(help="Type of the KV cache: auto, f32, f16 or q8.")]
 Temperature = Annotated[float, typer.Option(help="0 takes the likeliest token; up to 2.")]
 TopP = Annotated[float, typer.Option(help="Keep the likeliest tokens that reach this probability.")]
 TopK = Annotated[int, typer.Option(help="Keep this many tokens; 0 keeps all.")]

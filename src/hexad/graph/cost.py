@@ -4,17 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
+from hexad.config import CacheDtype
 from hexad.graph.graph import Graph
 from hexad.graph.node import Node
 from hexad.graph.ops import OPS, taken_rows
 from hexad.weights import Weight
-
-KVDtype = Literal["f32", "f16"]
-
-KV_BYTES: dict[KVDtype, int] = {"f32": 4, "f16": 2}
-"""Bytes of one number in the KV cache, by kv_dtype."""
 
 FLOAT_SHARE = 4
 """int8 multiply-adds per float32 multiply-add in one vector register: the assumed ratio of the two rates."""
@@ -77,7 +73,7 @@ def cost(
     *,
     rows: int,
     context: int,
-    kv_dtype: KVDtype,
+    kv_dtype: CacheDtype,
     sample_rows: int = 1,
     weight_bytes: Mapping[str, int] | None = None,
 ) -> Cost:
@@ -96,6 +92,7 @@ def cost(
         read = {name: _bytes_read(node, name, node_rows, weights, weight_bytes) for name in node.weights}
         for name, amount in read.items():
             reads[name] = max(reads.get(name, 0), amount)
+        head_dim = node.attrs.get("head_dim", 1)  # what has no heads moves no KV
         widths = sum(graph.nodes[value].features for value in set(node.inputs))
         nodes.append(
             NodeCost(
@@ -103,8 +100,8 @@ def cost(
                 attention_macs=work.attention_macs,
                 other_flops=work.other_flops,
                 weight_bytes=sum(read.values()),
-                kv_read_bytes=kv_bytes(work.kv_read, kv_dtype),
-                kv_written_bytes=kv_bytes(work.kv_written, kv_dtype),
+                kv_read_bytes=kv_bytes(work.kv_read, head_dim, kv_dtype),
+                kv_written_bytes=kv_bytes(work.kv_written, head_dim, kv_dtype),
                 activation_bytes=4 * node_rows * (widths + node.features),
             )
         )
@@ -124,7 +121,7 @@ def step_numbers(
     graph: Graph,
     weights: Mapping[str, Weight],
     *,
-    kv_dtype: KVDtype,
+    kv_dtype: CacheDtype,
     weight_bytes: Mapping[str, int] | None = None,
 ) -> StepNumbers:
     """The terms of a step's cost, which is linear in what the step holds.
@@ -148,12 +145,13 @@ def step_numbers(
     )
 
 
-def kv_bytes(numbers: int, kv_dtype: KVDtype) -> int:
-    """Bytes of this many numbers in the KV cache: whole heads, so that a dtype may be one of blocks."""
-    return numbers * KV_BYTES[kv_dtype]
+def kv_bytes(numbers: int, head_dim: int, kv_dtype: CacheDtype) -> int:
+    """Bytes of this many numbers in the KV cache: whole heads, of which each has a scale in q8."""
+    head = {"f32": 4 * head_dim, "f16": 2 * head_dim, "q8": head_dim + 4}[kv_dtype]
+    return numbers // head_dim * head
 
 
-def kv_bytes_per_token(graph: Graph, kv_dtype: KVDtype, *, head_multiple: int = 1) -> int:
+def kv_bytes_per_token(graph: Graph, kv_dtype: CacheDtype, *, head_multiple: int = 1) -> int:
     """Bytes of KV cache that one token takes over all layers.
 
     head_multiple: the features of a head fill up to a multiple of it. Padding is a backend's matter: the
@@ -163,7 +161,7 @@ def kv_bytes_per_token(graph: Graph, kv_dtype: KVDtype, *, head_multiple: int = 
     for node in graph.nodes:
         if node.op in ("attention", "fused_attention"):
             head = -(-node.attrs["head_dim"] // head_multiple) * head_multiple
-            total += kv_bytes(2 * node.attrs["kv_heads"] * head, kv_dtype)
+            total += kv_bytes(2 * node.attrs["kv_heads"] * head, head, kv_dtype)
     return total
 
 

@@ -86,7 +86,7 @@ class _Fuser:
             self.absorbed |= {q, k}
             q, k = ropes[0].inputs[0], ropes[1].inputs[0]
         offsets = self._side_by_side((q, k, v), {place, *node.inputs} & (self.absorbed | {place}))
-        attrs = {**node.attrs, "offsets": offsets, "rope": rope}
+        attrs = {**node.attrs, "offsets": offsets, "rope": rope, "norms": (None, None), "norm_eps": 0.0}
         self.replaced[place] = _Fused("fused_attention", (q, k, v), (), attrs)
 
     def _side_by_side(self, values: tuple[Value, Value, Value], readers: set[Value]) -> tuple[int, ...]:
@@ -155,7 +155,7 @@ class _Fuser:
     def _normed(self, x: Value, readers: set[Value]) -> tuple[Value, str | None, float]:
         """What to read instead of x, and the norm to do first: x's own, if nobody else wants its output."""
         node = self.nodes[x]
-        if node.op != "norm" or not self._read_only_by({x}, readers):
+        if node.op != "norm" or node.attrs["heads"] or not self._read_only_by({x}, readers):
             return x, None, 0.0
         self.absorbed.add(x)
         return node.inputs[0], node.weights[0], node.attrs["eps"]

@@ -22,12 +22,13 @@ class RopeSpec:
     """Rotary position embedding (Su et al. 2021, arXiv:2104.09864) in the half-split form.
 
     In each head the first `rotary_dim` features are rotated: features i and i + rotary_dim/2 by the angle
-    position × theta^(−2i/rotary_dim), computed as a float32 product.
+    position × theta^(−2i/rotary_dim), computed as a float32 product. magnitude multiplies cosines and sines.
     """
 
     head_dim: int
     rotary_dim: int
     theta: float
+    magnitude: float = 1.0
 
     def inv_freq(self) -> NDArray[np.float32]:
         """Angle per position, float32 [rotary_dim / 2]."""

@@ -68,8 +68,9 @@ class Norm(Op):
     features."""
 
     def features(self, inputs: Sequence[int], weights: Sequence[Tensor], attrs: Mapping[str, Any]) -> int:
-        (width,), (scale,) = inputs, weights
-        _vector(*scale, width)
+        (width,), (scale,), heads = inputs, weights, attrs["heads"] or 1
+        _expect(width % heads == 0, f"{width} features are no {heads} equal heads")
+        _vector(*scale, width // heads)
         return width
 
     def work(self, node: Node, inputs: Sequence[int], rows: int, context: int) -> Work:

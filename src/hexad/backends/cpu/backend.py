@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from math import prod
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +14,7 @@ from hexad.backends.backend import Batch, CompileOptions, Limits
 from hexad.backends.cpu.layouts import layout_of
 from hexad.backends.cpu.lower import lower, plan_buffers
 from hexad.backends.sampling import SampleBatch, SampleOutput
-from hexad.config import BLOCK_TOKENS
+from hexad.config import BLOCK_TOKENS, CacheDtype
 from hexad.errors import BackendError, HexadError
 from hexad.graph import Graph
 from hexad.graph.cost import kv_bytes_per_token
@@ -52,7 +52,7 @@ class CpuBackend:
                 isa=self.isa or "",
                 threads=options.threads or cpu_count(),
                 quantised=options.compute == "int8",
-                kv_f16=options.kv_dtype == "f16",
+                kv_dtype=options.kv_dtype,
                 max_rows=limits.max_rows,
                 max_seqs=limits.max_seqs,
                 kv_blocks=limits.kv_blocks,
@@ -65,7 +65,7 @@ class CpuBackend:
         """Matrices are packed into panels; the rest is float32."""
         return layout_of(weight).nbytes(weight.shape) if len(weight.shape) == 2 else 4 * prod(weight.shape)
 
-    def kv_block_bytes(self, graph: Graph, kv_dtype: Literal["f32", "f16"]) -> int:
+    def kv_block_bytes(self, graph: Graph, kv_dtype: CacheDtype) -> int:
         """Bytes of one KV block; heads are padded to 32 features (csrc/ops/attention.h)."""
         return BLOCK_TOKENS * kv_bytes_per_token(graph, kv_dtype, head_multiple=32)
 

@@ -83,7 +83,7 @@ class _Lowering:
         for node in self.graph.nodes:
             rope: RopeSpec | None = node.attrs.get("rope")
             if rope is not None and rope not in self.ropes:
-                self.ropes[rope] = self.program.add_rope(rope.inv_freq())
+                self.ropes[rope] = self.program.add_rope(rope.inv_freq(), rope.magnitude)
         for place, node in enumerate(self.graph.nodes):
             emit = getattr(self, f"_{node.op}", None)
             if emit is None:
@@ -133,7 +133,10 @@ class _Lowering:
         self.program.op_embed(self._matrix(node.weights[0]), out)
 
     def _norm(self, node: Node, out: int) -> None:
-        self.program.op_norm(self._in(node.inputs[0]), self._vector(node.weights[0]), node.attrs["eps"], out)
+        self.program.op_norm(
+            self._in(node.inputs[0]), self._vector(node.weights[0]),
+            node.attrs["eps"], node.attrs["heads"] or 1, out,
+        )  # fmt: skip
 
     def _linear(self, node: Node, out: int) -> None:
         bias = self._vector(node.weights[1]) if len(node.weights) == 2 else -1
@@ -155,22 +158,30 @@ class _Lowering:
         self.program.op_rope(self._in(node.inputs[0]), self.ropes[rope], rope.head_dim, out)
 
     def _attention(self, node: Node, out: int) -> None:
-        self._attend(node, [self._in(v) for v in node.inputs], (0, 0, 0), -1, out)
+        self._attend(node, (0, 0, 0), None, (None, None), 0.0, out)
 
     def _fused_attention(self, node: Node, out: int) -> None:
-        # The program rotates queries and keys where they lie: fuse sees to it that nobody else reads them.
-        rope: RopeSpec | None = node.attrs["rope"]
-        handle = -1 if rope is None else self.ropes[rope]
-        self._attend(node, [self._in(v) for v in node.inputs], node.attrs["offsets"], handle, out)
+        # The program norms and rotates queries and keys where they lie: fuse sees to it that nobody else
+        # reads them.
+        attrs = node.attrs
+        self._attend(node, attrs["offsets"], attrs["rope"], attrs["norms"], attrs["norm_eps"], out)
 
     def _attend(
-        self, node: Node, values: list[int], offsets: tuple[int, int, int], rope: int, out: int
+        self,
+        node: Node,
+        offsets: tuple[int, int, int],
+        rope: RopeSpec | None,
+        norms: tuple[str | None, str | None],
+        norm_eps: float,
+        out: int,
     ) -> None:
         attrs = node.attrs
-        (q, k, v), (q_column, k_column, v_column) = values, offsets
+        (q, k, v), (q_column, k_column, v_column) = (self._in(value) for value in node.inputs), offsets
         self.program.op_attention(
-            q, q_column, k, k_column, v, v_column, rope,
-            attrs["layer"], attrs["heads"], attrs["kv_heads"], attrs["head_dim"], attrs["scale"], out,
+            q, q_column, k, k_column, v, v_column, -1 if rope is None else self.ropes[rope],
+            self._vector(norms[0]), self._vector(norms[1]), norm_eps,
+            attrs["layer"], attrs["heads"], attrs["kv_heads"], attrs["head_dim"], attrs["scale"],
+            attrs["window"] or 0, out,
         )  # fmt: skip
 
     @staticmethod
