@@ -85,9 +85,6 @@ inline void store_bytes(int8_t* p, I32 x) {
 }
 
 // Sixteen signed bytes.
-inline I32 load_bytes(const int8_t* p) {
-  return _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-}
 
 inline Quads load_quads(const void* p) { return _mm512_loadu_si512(p); }
 inline void store_quads(void* p, Quads x) { _mm512_storeu_si512(p, x); }

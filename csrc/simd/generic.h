@@ -166,11 +166,6 @@ inline void store_bytes(int8_t* p, I32 x) {
   for (int i = 0; i < 16; ++i) p[i] = static_cast<int8_t>(x[i]);
 }
 // Sixteen signed bytes.
-inline I32 load_bytes(const int8_t* p) {
-  I32 r;
-  for (int i = 0; i < 16; ++i) r[i] = p[i];
-  return r;
-}
 
 inline Quads load_quads(const void* p) {
   Quads r;
