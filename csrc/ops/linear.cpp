@@ -33,6 +33,8 @@ inline __attribute__((always_inline)) void quantised_block(const typename Codec:
     const int32_t* n_first = n + W;
     HEXAD_UNROLL
     for (int part = 0; part < kParts; ++part) {
+      // Registers are for sums: what the parts have in common is read twice.
+      if (part > 0) asm volatile("" ::: "memory");
       // −4 · Σq of the part's columns
       const auto rest = [&](int t) {
         return kParts == 1 ? n[t] : part == 0 ? n_first[t] : n[t] - n_first[t];

@@ -15,7 +15,8 @@
 // Arithmetic, which no tile width, panel or thread count changes (the exactness promise):
 //   quantised: per group i = Σ q_w · q_x as an exact int32 (with the zero point of the layout subtracted),
 //       f ← fma(float(i), d_w · d, f), and for layouts with a minimum f ← fma(m_w, s, f); groups in K order. Layouts
-//       with a scale for each 16 columns do both once per 16, with d · Σq over these for s.
+//       with a scale for each 16 columns do both once per 16, with d · Σq over these for s. Where d_w and m_w are
+//       products of an fp16 and an integer (K-quants), float32 holds them exactly.
 //       A row's outlier groups, those with d² > 4 · mean(d²) over the row (the first (K/32 − 1) / 4 of them; by
 //       rounding there could be one more), are then multiplied once more, in K order, with what rounding left of
 //       their activations, quantised in turn. They are 3 to 7 % of a row's groups and carry most of the rounding error:
