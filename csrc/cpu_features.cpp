@@ -18,13 +18,15 @@ struct Isa {
 const std::vector<Isa>& isas() {
   static const std::vector<Isa> all = [] {
     std::vector<Isa> list;
-#ifdef HEXAD_HAS_AVX512VNNI
+#ifdef HEXAD_X86_64
     __builtin_cpu_init();
-    list.push_back({"avx512vnni", avx512vnni::fill_kernels,
-                    __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-                        __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("fma") &&
-                        __builtin_cpu_supports("f16c")});
+    const bool avx2 =
+        __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+    list.push_back({"avx512vnni", avx512vnni::fill_kernels, avx512 && __builtin_cpu_supports("avx512vnni")});
+    list.push_back({"avx512", ::hexad::avx512::fill_kernels, avx512});
+    list.push_back({"avx2", ::hexad::avx2::fill_kernels, avx2});
 #endif
     list.push_back({"generic", generic::fill_kernels, true});
     return list;

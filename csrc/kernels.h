@@ -80,6 +80,12 @@ struct Kernels {
 namespace generic {
 void fill_kernels(Kernels& table);
 }
+namespace avx2 {
+void fill_kernels(Kernels& table);
+}
+namespace avx512 {
+void fill_kernels(Kernels& table);
+}
 namespace avx512vnni {
 void fill_kernels(Kernels& table);
 }

@@ -8,6 +8,11 @@
 namespace hexad::HEXAD_NAMESPACE {
 namespace {
 
+constexpr int64_t kStripGroups = kStripColumns / kGroup;
+
+template <class Codec>
+using DotsOf = Dots<Codec::kBits, 8 / Codec::kParts>;
+
 // H halves of a panel × T of a tile's W rows, over `count` groups of activations at `x`. These belong to the
 // panel's groups 0, 1, … or, if `index` is given, index[0], index[1], …; `out` is [T][32]. `resume` goes on from
 // what it holds.
@@ -42,7 +47,7 @@ inline __attribute__((always_inline)) void quantised_block(const typename Codec:
       const auto start = [&](int t) {
         return kZero == 0 ? splat_int(0) : shift_left(splat_int(rest(t)), __builtin_ctz(kZero | 1024) - 2);
       };
-      Dots<Codec::kBits, kQuads> dots[H][T];
+      DotsOf<Codec> dots[H][T];
       HEXAD_UNROLL
       for (int t = 0; t < T; ++t) {
         const I32 from = start(t);
@@ -84,17 +89,42 @@ inline __attribute__((always_inline)) void quantised_block(const typename Codec:
     for (int h = 0; h < H; ++h) store(out + t * kPanelRows + 16 * (first_half + h), sums[h][t]);
 }
 
-// One panel × one tile, in blocks as large as the registers allow.
+// The next block's rows where `rows` are left: as few blocks as `most` rows each allow, and as equal.
+constexpr int block_rows(int rows, int most) {
+  const int blocks = (rows + most - 1) / most;
+  return (rows + blocks - 1) / blocks;
+}
+
+// A panel × slots kFirst … of a tile, in blocks as large as the registers allow.
 template <class Codec, int W, int kFirst = 0>
-inline void quantised_tile(const typename Codec::Block* panel, const int32_t* index, int64_t count,
-                           const char* x, bool resume, float* out) {
-  constexpr int kSlots = W - kFirst < kTileSlots ? W - kFirst : kTileSlots;
-  constexpr int kHalves = tile_halves(kSlots);
+inline void quantised_blocks(const typename Codec::Block* panel, const int32_t* index, int64_t count,
+                             const char* x, bool resume, float* out) {
+  constexpr int kSlots = block_rows(W - kFirst, DotsOf<Codec>::kSlots), kHalves = tile_halves(kSlots);
   float* to = out + kFirst * kPanelRows;
   for (int half = 0; half < 2; half += kHalves)
     quantised_block<Codec, W, kHalves, kSlots>(panel, half, index, count, x, kFirst, resume, to);
   if constexpr (kFirst + kSlots < W)
-    quantised_tile<Codec, W, kFirst + kSlots>(panel, index, count, x, resume, out);
+    quantised_blocks<Codec, W, kFirst + kSlots>(panel, index, count, x, resume, out);
+}
+
+// Whether a block takes in all of a tile of `rows` and both halves of a panel, at most `most` rows fitting. Several
+// blocks go together through as many columns as a strip has, so that a panel comes from memory once and in order.
+constexpr bool one_block(int rows, int most) { return rows <= most && tile_halves(rows) == 2; }
+
+// One panel × one tile.
+template <class Codec, int W>
+inline void quantised_tile(const typename Codec::Block* panel, const int32_t* index, int64_t count,
+                           const char* x, bool resume, float* out) {
+  if constexpr (one_block(W, DotsOf<Codec>::kSlots)) {
+    quantised_blocks<Codec, W>(panel, index, count, x, resume, out);
+  } else {
+    for (int64_t first = 0; first < count;
+         first += kStripGroups, x += kStripGroups * activation_group_bytes(W)) {
+      const int64_t n = count - first < kStripGroups ? count - first : kStripGroups;
+      quantised_blocks<Codec, W>(index ? panel : panel + first / Codec::kGroups,
+                                 index ? index + first : nullptr, n, x, resume || first > 0, out);
+    }
+  }
 }
 
 // Tiles from which unpacking the panel once pays.
@@ -134,14 +164,26 @@ inline __attribute__((always_inline)) void dense_block(const typename Codec::Blo
 }
 
 template <class Codec, int W, int kFirst = 0>
-inline void dense_tile(const typename Codec::Block* panel, int64_t columns, const float* x, bool resume,
-                       float* out) {
-  constexpr int kSlots = W - kFirst < kTileSlots ? W - kFirst : kTileSlots;
-  constexpr int kHalves = tile_halves(kSlots);
+inline void dense_blocks(const typename Codec::Block* panel, int64_t columns, const float* x, bool resume,
+                         float* out) {
+  constexpr int kSlots = block_rows(W - kFirst, kTileSlots), kHalves = tile_halves(kSlots);
   for (int half = 0; half < 2; half += kHalves)
     dense_block<Codec, W, kHalves, kSlots>(panel, half, columns, x + kFirst, resume,
                                            out + kFirst * kPanelRows);
-  if constexpr (kFirst + kSlots < W) dense_tile<Codec, W, kFirst + kSlots>(panel, columns, x, resume, out);
+  if constexpr (kFirst + kSlots < W) dense_blocks<Codec, W, kFirst + kSlots>(panel, columns, x, resume, out);
+}
+
+template <class Codec, int W>
+inline void dense_tile(const typename Codec::Block* panel, int64_t columns, const float* x, bool resume,
+                       float* out) {
+  if constexpr (one_block(W, kTileSlots)) {
+    dense_blocks<Codec, W>(panel, columns, x, resume, out);
+  } else {
+    for (int64_t first = 0; first < columns; first += kStripColumns) {
+      const int64_t n = columns - first < kStripColumns ? columns - first : kStripColumns;
+      dense_blocks<Codec, W>(panel + first, n, x + first * W, resume || first > 0, out);
+    }
+  }
 }
 
 template <class Packed, int W>
@@ -156,7 +198,6 @@ void quantised(const LinearArgs& a) {
       quantised_tile<Packed, W>(panel, nullptr, groups, tiles + i * a.tile_stride, false, out(i));
   } else {
     using Unpacked = Strip<Packed>;
-    constexpr int64_t kStripGroups = kStripColumns / kGroup;
     static_assert(sizeof(typename Unpacked::Block) * kStripGroups <= kStripBytes);
     static_assert(kStripGroups % Packed::kGroups == 0);
     auto* strip = static_cast<typename Unpacked::Block*>(a.scratch);

@@ -119,19 +119,30 @@ int64_t read(const void* data, int64_t bytes) {
 }
 
 int64_t dot_rate(int64_t iterations, int64_t* sink) {
-  constexpr int kChains = 12;
-  int8_t bytes[4] = {1, -1, 1, -1};
-  const Quads x = splat_quad(bytes);
+  using Chain = Dots<4, 8>;
+  constexpr int kChains = Chain::kSlots * tile_halves(Chain::kSlots);
+  const int8_t bytes[16] = {1, -2, 3, -4, 5, -6, 7, -8, 9, -10, 11, -12, 13, -14, 15, -16};
+  const Quads codes = low_nibbles(splat_quad(bytes));
   I32 acc[kChains];
   HEXAD_UNROLL
-  for (int c = 0; c < kChains; ++c) acc[c] = splat_int(c);
+  for (int c = 0; c < kChains; ++c) acc[c] = splat_int(0);
   for (int64_t i = 0; i < iterations; ++i) {
+    const int8_t* at = bytes;
+    asm volatile("" : "+r"(at) : : "memory");  // other bytes, for all that the compiler knows
+    Chain dots[kChains];
     HEXAD_UNROLL
-    for (int c = 0; c < kChains; ++c) acc[c] = dot(acc[c], x, x);
+    for (int c = 0; c < kChains; ++c) dots[c].begin(acc[c]);
+    HEXAD_UNROLL
+    for (int j = 0; j < 8; ++j) {
+      HEXAD_UNROLL
+      for (int c = 0; c < kChains; ++c) dots[c].add(j, codes, splat_quad(at + c));
+    }
+    HEXAD_UNROLL
+    for (int c = 0; c < kChains; ++c) acc[c] = dots[c].end(acc[c]);
   }
   HEXAD_UNROLL
   for (int c = 0; c < kChains; ++c) *sink += sum(acc[c]);
-  return iterations * kChains * 64;
+  return iterations * kChains * 8 * 64;
 }
 
 }  // namespace

@@ -165,8 +165,6 @@ inline I32 to_int(F32 x) { return __builtin_convertvector(round(x), I32); }
 inline void store_bytes(int8_t* p, I32 x) {
   for (int i = 0; i < 16; ++i) p[i] = static_cast<int8_t>(x[i]);
 }
-// Sixteen signed bytes.
-
 inline Quads load_quads(const void* p) {
   Quads r;
   __builtin_memcpy(&r, p, 64);
@@ -195,9 +193,12 @@ inline I32 dot(I32 acc, Quads weights, Quads activations) {
   return acc;
 }
 
-// kCount dots of quads of kBits-bit codes, one after another; `from` is what their sum begins with.
+// kCount dots of quads of kBits-bit codes with activations within ±127, one after another, exact. `from` is what their
+// sum begins with, given at both ends so that it can be added first or last; `j` counts up from 0. Register tiles are to
+// have at most kSlots batch rows.
 template <int kBits, int kCount>
 struct Dots {
+  static constexpr int kSlots = 6;
   I32 sum;
   void begin(I32 from) { sum = from; }
   void add(int, Quads weights, Quads activations) { sum = dot(sum, weights, activations); }
@@ -206,7 +207,7 @@ struct Dots {
 // The zero point of byte codes as Dots<8> leaves it in the sum.
 constexpr int kByteZero = 128;
 
-// Register tiles of matrix products: batch rows, and halves of a panel for so many of them.
+// Register tiles of float products: batch rows, and halves of a panel for so many of them.
 constexpr int kTileSlots = 6;
 constexpr int tile_halves(int) { return 2; }
 

@@ -1,0 +1,49 @@
+// The vector vocabulary on AVX-512 (F, BW, VL, DQ) without VNNI.
+#pragma once
+
+#include "simd/avx512_base.h"
+
+namespace hexad::HEXAD_NAMESPACE {
+namespace {
+
+// kCount dots of quads of kBits-bit codes with activations within ±127, one after another, exact; `from` is added to
+// their sum. As in simd/avx2.h: products are added in runs of 16-bit pairs that cannot overflow, and byte codes are
+// taken as signed. Register tiles are to have at most kSlots batch rows: beyond 4 bits a dot takes two registers.
+template <int kBits, int kCount>
+struct Dots {
+  static constexpr int kSlots = kBits <= 4 || kBits == 8 ? 6 : 3;
+  static constexpr int kRun = 32767 / (2 * 127 * (kBits == 8 ? 128 : (1 << kBits) - 1));
+  __m512i run, total;
+
+  void begin(I32) {}
+  void add(int j, Quads w, Quads x) {
+    if constexpr (kBits == 8) {
+      w = _mm512_xor_si512(w, _mm512_set1_epi8(-128));
+      x = _mm512_mask_sub_epi8(x, _mm512_movepi8_mask(w), _mm512_setzero_si512(), x);
+      w = _mm512_abs_epi8(w);
+    }
+    __m512i pairs = _mm512_maddubs_epi16(w, x);
+    if (j % kRun > 0) {
+      // Inline assembly because GCC 12 would form all products first, spill them and add them as a tree.
+      __m512i sum = run;
+      asm("vpmaddubsw %2, %3, %1\n\tvpaddw %1, %0, %0" : "+v"(sum), "=&v"(pairs) : "v"(x), "v"(w));
+      pairs = sum;
+    }
+    run = pairs;
+    if (j % kRun < kRun - 1 && j < kCount - 1) return;
+    const __m512i ones = _mm512_set1_epi16(1);
+    __m512i quads = _mm512_madd_epi16(pairs, ones);
+    if (j >= kRun) {
+      __m512i sum = total;
+      asm("vpmaddwd %2, %3, %1\n\tvpaddd %1, %0, %0" : "+v"(sum), "=&v"(quads) : "vm"(ones), "v"(pairs));
+      quads = sum;
+    }
+    total = quads;
+  }
+  I32 end(I32 from) const { return _mm512_add_epi32(total, from); }
+};
+// The zero point of byte codes as Dots<8> leaves it in the sum.
+constexpr int kByteZero = 0;
+
+}  // namespace
+}  // namespace hexad::HEXAD_NAMESPACE
