@@ -28,14 +28,15 @@ class Graph:
         """Rows of the table `name.weight` [vocab, features], one per token."""
         return self.append("embed", (), (f"{name}.weight",))
 
-    def norm(self, x: Value, name: str, *, eps: float) -> Value:
-        """RMS norm: x / √(mean(x²) + eps) × `name.weight`."""
-        return self.append("norm", (x,), (f"{name}.weight",), eps=eps)
+    def norm(self, x: Value, name: str, *, eps: float, heads: int | None = None) -> Value:
+        """RMS norm: x / √(mean(x²) + eps) × `name.weight`, of each of `heads` heads by itself if given."""
+        return self.append("norm", (x,), (f"{name}.weight",), eps=eps, heads=heads)
 
-    def linear(self, x: Value, name: str) -> Value:
-        """x · `name.weight`ᵀ, plus `name.bias` where the checkpoint has it."""
-        bias = (f"{name}.bias",) if f"{name}.bias" in self.weights else ()
-        return self.append("linear", (x,), (f"{name}.weight", *bias))
+    def linear(self, x: Value, name: str, *, bias: bool = False) -> Value:
+        """x · `name.weight`ᵀ, plus `name.bias` where the checkpoint has it; with `bias` it must."""
+        bias = bias or f"{name}.bias" in self.weights
+        names = (f"{name}.weight", f"{name}.bias") if bias else (f"{name}.weight",)
+        return self.append("linear", (x,), names)
 
     def rope(self, x: Value, rope: RopeSpec) -> Value:
         """Rotates each head of x by its row's position."""
@@ -43,15 +44,16 @@ class Graph:
 
     def attention(
         self, q: Value, k: Value, v: Value, *,
-        layer: int, heads: int, kv_heads: int, head_dim: int, scale: float,
+        layer: int, heads: int, kv_heads: int, head_dim: int, scale: float, window: int | None = None,
     ) -> Value:  # fmt: skip
         """Causal attention of every row over its own sequence; writes k and v to the paged cache of `layer`.
 
-        Query head h reads KV head h // (heads / kv_heads).
+        Query head h reads KV head h // (heads / kv_heads). window: how many positions a row sees, its own
+        being the last; None for all.
         """
         return self.append(
             "attention", (q, k, v),
-            layer=layer, heads=heads, kv_heads=kv_heads, head_dim=head_dim, scale=scale,
+            layer=layer, heads=heads, kv_heads=kv_heads, head_dim=head_dim, scale=scale, window=window,
         )  # fmt: skip
 
     def gated(self, gate: Value, up: Value, act: str) -> Value:
