@@ -77,6 +77,9 @@ def test_config_has_hugging_faces_keys(save):
             "rotary_dim": 16,
             "vocab_size": 40,
             "tie_word_embeddings": True,
+            "rope_scaling": None,
+            "sliding_window": None,
+            "layer_types": None,
         }
 
 
@@ -283,15 +286,14 @@ def test_absurd_value_is_refused(save, key, value, reason):
 @pytest.mark.parametrize(
     ("key", "value", "reason"),
     [
-        ("general.architecture", "mamba", "architecture 'mamba' is not supported; hexad knows llama"),
+        ("general.architecture", "mamba", "architecture 'mamba' .*; hexad knows llama, qwen2, qwen3"),
         ("general.type", "adapter", "holds 'adapter', not a model"),
-        ("llama.rope.scaling.type", "yarn", "rope.scaling.type' to 'yarn'"),
-        ("llama.rope.scaling.factor", 4.0, "rope.scaling.factor"),
-        ("llama.rope.scale_linear", 2.0, "rope.scale_linear"),
-        ("llama.rope.scaling.attn_factor", 1.5, "attn_factor"),
+        ("llama.rope.scaling.type", "longrope", "rope.scaling.type' to 'longrope'"),
+        ("llama.rope.scaling.type", 7, "rope.scaling.type' to 7"),
+        ("llama.rope.scaling.attn_factor", 1.5, "attn_factor"),  # which only YaRN has a use for
+        ("llama.rope.dimension_sections", 2, "dimension_sections"),
         ("llama.expert_count", 8, "expert_count"),
         ("llama.expert_used_count", 2, "expert_used_count"),
-        ("llama.attention.sliding_window", 4096, "sliding_window"),
         ("llama.final_logit_softcapping", 30.0, "final_logit_softcapping"),
         ("llama.some.new.setting", 1, "some.new.setting"),
         ("llama.attention.head_count_kv", Typed(ARRAY, [2, 4], U32), "differs between layers"),
@@ -323,7 +325,7 @@ def test_settings_that_mean_unused_are_accepted(save):
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("rope_freqs.weight", "scaled RoPE frequencies"),
+        ("rope_factors_long.weight", "not part of this model"),
         ("blk.0.ffn_gate_exps.weight", "experts"),
         ("blk.1.ffn_gate_inp.weight", "router"),
         ("blk.0.attn_q_norm.weight", "not part of this model"),

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
-from tests.tiny_models import TinyModel, tiny_llama
+from tests.tiny_models import TinyModel, dense, tiny_llama
 
 from hexad.graph import Graph
 from hexad.graph.cost import FLOAT_SHARE, Cost, NodeCost, cost, kv_bytes_per_token, limits, step_numbers
@@ -44,8 +45,21 @@ def test_a_prompt_counts_the_pairs_that_causality_leaves(rows: int, context: int
     assert total.kv_written_bytes == LAYERS * rows * 2 * KV * 4
 
 
+@pytest.mark.parametrize("window", [1, 5, 32, 64, 100])
+@pytest.mark.parametrize(("rows", "context"), [(1, 1), (7, 7), (5, 40), (40, 45), (64, 64)])
+def test_a_window_limits_pairs_and_what_is_read(rows: int, context: int, window: int) -> None:
+    model = tiny_llama(context=1000, model_type="mistral")
+    model.config["sliding_window"] = window
+    total = of(model, rows=rows, context=context).total
+    seen = [range(max(0, p - window + 1), p + 1) for p in range(context - rows, context)]
+    assert total.attention_macs == LAYERS * 2 * sum(map(len, seen)) * Q
+    assert total.kv_read_bytes == LAYERS * len({p for keys in seen for p in keys}) * 2 * KV * 4
+    assert total.kv_written_bytes == LAYERS * rows * 2 * KV * 4
+
+
 def test_chunks_of_a_prompt_do_its_work() -> None:
-    model = tiny_llama()
+    model = tiny_llama(model_type="mistral")
+    model.config["sliding_window"] = 17
     whole = of(model, rows=50, context=50, sample_rows=0).total
     chunks = [of(model, rows=10, context=10 * (i + 1), sample_rows=0).total for i in range(5)]
     for field in ("linear_macs", "attention_macs", "other_flops", "kv_written_bytes", "activation_bytes"):
@@ -69,7 +83,10 @@ def test_without_samples_the_head_costs_nothing() -> None:
 
 
 def test_fusing_saves_activations_and_changes_no_other_cost() -> None:
-    model = tiny_llama(attention_bias=True, tied=False)
+    model = tiny_llama(attention_bias=True, tied=False, model_type="qwen3")
+    for layer in range(LAYERS):
+        for name in "qk":
+            model.weights[f"model.layers.{layer}.self_attn.{name}_norm.weight"] = dense(np.ones(16))
     graph = model.graph()
     plain = of(model, graph, rows=9, context=30).total
     fused = of(model, fuse(graph), rows=9, context=30).total

@@ -60,9 +60,9 @@ class Odd:
             self.weights[f"{name}.bias"] = random_weight(self.rng, (32,))
         return self.graph.linear(x, name)
 
-    def norm(self, x: int, name: str) -> int:
-        self.weights[f"{name}.weight"] = dense(self.rng.uniform(0.5, 1.5, 32))
-        return self.graph.norm(x, name, eps=1e-5)
+    def norm(self, x: int, name: str, *, heads: int | None = None, eps: float = 1e-5) -> int:
+        self.weights[f"{name}.weight"] = dense(self.rng.uniform(0.5, 1.5, 32 // (heads or 1)))
+        return self.graph.norm(x, name, eps=eps, heads=heads)
 
     def attention(self, q: int, k: int, v: int, layer: int = 0) -> int:
         return self.graph.attention(q, k, v, layer=layer, heads=4, kv_heads=4, head_dim=8, scale=8**-0.5)
@@ -186,6 +186,60 @@ def test_a_rotated_key_that_is_read_elsewhere_stays() -> None:
     k = odd.graph.rope(k, ROPE)
     x = odd.graph.add(odd.attention(odd.graph.rope(q, ROPE), k, v), k)
     assert names(assert_same(odd.done(x))).count("rope") == 2
+
+
+@pytest.mark.parametrize("positions", [True, False])
+def test_norms_of_heads_go_with_the_rotation(positions: bool) -> None:
+    odd = Odd()
+    h = odd.norm(odd.x, "n")
+    q, k, v = (odd.linear(h, name) for name in "qkv")
+    q, k = odd.norm(q, "qn", heads=4), odd.norm(k, "kn", heads=4)
+    if positions:
+        q, k = odd.graph.rope(q, ROPE), odd.graph.rope(k, ROPE)
+    fused = assert_same(odd.done(odd.attention(q, k, v)))
+    assert names(fused) == ["embed", "fused_linear store", "fused_attention", "take_rows", "fused_logits"]
+    qkv, attention = fused.nodes[1:3]
+    assert qkv.attrs["norm"] == "n.weight"
+    assert attention.inputs == (1, 1, 1)
+    assert attention.weights == attention.attrs["norms"] == ("qn.weight", "kn.weight")
+    assert attention.attrs["norm_eps"] == 1e-5
+    assert attention.attrs["offsets"] == (0, 32, 64)
+    assert attention.attrs["rope"] == (ROPE if positions else None)
+
+
+@pytest.mark.parametrize("odd_one", ["none", "heads", "whole", "eps", "read", "source"])
+def test_norms_that_do_not_fit_stay(odd_one: str) -> None:
+    """k's norm is absent, or of other heads, the whole width, another eps, or it or its input is read."""
+    odd = Odd()
+    q, key, v = (odd.linear(odd.x, name) for name in "qkv")
+    q, k = odd.norm(q, "qn", heads=4), key
+    if odd_one != "none":
+        heads = {"heads": 2, "whole": None}.get(odd_one, 4)
+        k = odd.norm(k, "kn", heads=heads, eps=1e-3 if odd_one == "eps" else 1e-5)
+    x = odd.attention(odd.graph.rope(q, ROPE), odd.graph.rope(k, ROPE), v)
+    if odd_one in ("read", "source"):
+        x = odd.graph.add(x, k if odd_one == "read" else key)
+    fused = assert_same(odd.done(x))
+    assert names(fused).count("norm") == (1 if odd_one == "none" else 2)
+    attention = next(node for node in fused.nodes if node.op == "fused_attention")
+    assert attention.attrs["norms"] == (None, None)
+    assert attention.weights == ()
+    assert names(fused).count("rope") == (2 if odd_one == "read" else 0)
+
+
+def test_norms_of_one_value_for_queries_and_keys_stay() -> None:
+    odd = Odd()
+    y, v = odd.linear(odd.x, "y"), odd.linear(odd.x, "v")
+    q, k = odd.norm(y, "qn", heads=4), odd.norm(y, "kn", heads=4)
+    assert names(assert_same(odd.done(odd.attention(q, k, v)))).count("norm") == 2
+
+
+def test_a_norm_of_heads_goes_into_no_linear() -> None:
+    odd = Odd()
+    x = odd.linear(odd.norm(odd.x, "n", heads=4), "a")
+    odd.graph.logits(odd.norm(odd.graph.take_rows(x), "m", heads=2), "table")
+    kept = ["embed", "norm", "fused_linear store", "take_rows", "norm", "fused_logits"]
+    assert names(assert_same(odd.graph)) == kept
 
 
 def test_projections_of_different_inputs_share_what_they_can() -> None:

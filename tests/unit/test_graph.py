@@ -32,15 +32,17 @@ def test_the_catalogue_defines_every_op() -> None:
 
 
 ROPE = RopeSpec(16, 16, 1e4)
-HEADS = {"layer": 0, "heads": 4, "kv_heads": 2, "head_dim": 16, "scale": 0.25}
+HEADS = {"layer": 0, "heads": 4, "kv_heads": 2, "head_dim": 16, "scale": 0.25, "window": None}
+FUSED = {**HEADS, "norms": (None, None), "norm_eps": 0.0}
 ATTN = "model.layers.0.self_attn.{}_proj.weight".format
 MLP = "model.layers.0.mlp.{}_proj.weight".format
 NORM = "model.layers.0.input_layernorm.weight"
+HEAD_NORM = "head_norm.weight"
 
 
 def _after_qkv() -> Graph:
     """Values 0 … 4: the embedding, its norm, q [64], k [32] and v [32]."""
-    graph = Graph(tiny_llama(attention_bias=True).weights)
+    graph = Graph(tiny_llama(attention_bias=True).weights | {HEAD_NORM: dense(np.ones(16))})
     h = graph.norm(graph.embed("model.embed_tokens"), "model.layers.0.input_layernorm", eps=1e-5)
     for name in "qkv":
         graph.linear(h, f"model.layers.0.self_attn.{name}_proj")
@@ -73,7 +75,17 @@ def _fused(epilogue: str, *names: str, norm: str | None = None, act: str | None 
             _fused("gated", MLP("gate"), MLP("up"), act="silu"),
             96,
         ),
-        ("fused_attention", (2, 2, 2), (), {**HEADS, "offsets": (0, 0, 32), "rope": ROPE}, 64),
+        ("norm", (0,), (NORM,), {"eps": 1e-5, "heads": None}, 64),
+        ("norm", (2,), (HEAD_NORM,), {"eps": 1e-5, "heads": 4}, 64),
+        ("attention", (2, 3, 4), (), {**HEADS, "window": 7}, 64),
+        ("fused_attention", (2, 2, 2), (), {**FUSED, "offsets": (0, 0, 32), "rope": ROPE}, 64),
+        (
+            "fused_attention",
+            (2, 3, 4),
+            (HEAD_NORM, HEAD_NORM),
+            {**FUSED, "norms": (HEAD_NORM, HEAD_NORM), "offsets": (0, 0, 0), "rope": None},
+            64,
+        ),
         ("fused_logits", (0,), ("model.norm.weight", "model.embed_tokens.weight"), {}, 160),
     ],
 )
@@ -90,13 +102,9 @@ def test_the_shape_rules_give_the_width(
     ("op", "inputs", "weights", "attrs", "message"),
     [
         ("norm", (0,), ("gone",), {}, "tensor gone is missing"),
-        (
-            "norm",
-            (0,),
-            (MLP("up"),),
-            {"heads": None},
-            rf"tensor {MLP('up')} has shape \(96, 64\); \(64,\) expected",
-        ),
+        ("norm", (0,), (MLP("up"),), {"heads": None}, rf"{MLP('up')} has shape \(96, 64\); \(64,\) expected"),
+        ("norm", (2,), (NORM,), {"heads": 4}, rf"tensor {NORM} has shape \(64,\); \(16,\) expected"),
+        ("norm", (2,), (NORM,), {"heads": 5}, "64 features are no 5 equal heads"),
         ("linear", (0,), (MLP("down"),), {}, f"tensor {MLP('down')} has 96 input features; 64 expected"),
         ("linear", (0,), ("model.norm.weight",), {}, r"model\.norm\.weight has shape \(64,\); 2 dimensions"),
         ("linear", (0,), (MLP("up"), "model.norm.weight"), {}, r"model\.norm\.weight .* \(96,\) expected"),
@@ -170,14 +178,21 @@ def test_the_shape_rules_give_the_width(
             "fused_attention",
             (2, 3, 4),
             (),
-            {**HEADS, "offsets": (0, 0, 1), "rope": None},
+            {**FUSED, "offsets": (0, 0, 1), "rope": None},
             "columns 1…33 of 32",
         ),
         (
             "fused_attention",
             (2, 3, 4),
+            (NORM,),
+            {**FUSED, "norms": (NORM, None), "offsets": (0, 0, 0), "rope": None},
+            rf"tensor {NORM} has shape \(64,\); \(16,\) expected",
+        ),
+        (
+            "fused_attention",
+            (2, 3, 4),
             (),
-            {**HEADS, "offsets": (-1, 0, 0), "rope": None},
+            {**FUSED, "offsets": (-1, 0, 0), "rope": None},
             "columns -1…63 of 64",
         ),
         (
@@ -202,6 +217,8 @@ def test_attrs_no_model_has_are_the_programmers_mistake() -> None:
     graph = _after_qkv()
     with pytest.raises(ValueError, match="unknown activation 'tanh'"):
         graph.gated(3, 4, "tanh")
+    with pytest.raises(ValueError, match="a window of 0 positions"):
+        graph.attention(2, 3, 4, **{**HEADS, "window": 0})
     with pytest.raises(ValueError, match="unknown epilogue 'sum'"):
         graph.append("fused_linear", (0,), (ATTN("q"),), **_fused("sum", ATTN("q")))
 
@@ -283,14 +300,14 @@ def test_an_ill_config_value_is_named(change: dict[str, Any], message: str) -> N
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "hal9000"}, "unknown architecture 'hal9000'; known are llama, mistral"),
+        ({"model_type": "hal9000"}, "unknown architecture 'hal9000'; known are llama, ministral, mistral"),
         ({"model_type": "llama.Config"}, "unknown architecture"),
         ({"model_type": "../errors"}, "unknown architecture"),
         ({"hidden_act": "relu"}, "hidden_act is 'relu'"),
-        ({"rope_scaling": {"type": "yarn"}}, "rope_scaling .* is not supported"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "type 'dynamic' is not supported"),
         (
-            {"model_type": "mistral", "sliding_window": 128},
-            "sliding_window 128 is shorter than the context of 256",
+            {"model_type": "ministral", "sliding_window": 8, "layer_types": ["chunked_attention"] * 2},
+            "layer_types has 'chunked_attention'",
         ),
     ],
 )
@@ -307,6 +324,93 @@ def test_mistral_is_llama_where_the_window_holds_the_context() -> None:
         config = model.config | {"model_type": "mistral", "sliding_window": window}
         assert build_graph(config, model.weights).nodes == model.graph().nodes
     assert {"llama", "mistral"} <= set(known_models())
+
+
+MIXED = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
+
+
+@pytest.mark.parametrize(
+    ("model_type", "config", "windows"),
+    [
+        ("llama", {"sliding_window": 8, "layer_types": MIXED}, [None] * 4),
+        ("mistral", {"sliding_window": 8}, [8] * 4),
+        ("mistral", {"sliding_window": 8, "layer_types": MIXED}, [8] * 4),
+        ("mistral", {"sliding_window": None}, [None] * 4),
+        ("ministral", {"sliding_window": 8}, [8] * 4),
+        ("ministral", {"sliding_window": 8, "layer_types": MIXED}, [8, None, 8, None]),
+        ("ministral", {"sliding_window": 256, "layer_types": MIXED}, [None] * 4),
+        ("ministral", {"sliding_window": None, "layer_types": ["full_attention"] * 4}, [None] * 4),
+        ("qwen2", {"sliding_window": 8}, [None] * 4),
+        ("qwen2", {"sliding_window": 8, "use_sliding_window": False, "max_window_layers": 0}, [None] * 4),
+        ("qwen2", {"sliding_window": 8, "use_sliding_window": True}, [None] * 4),
+        (
+            "qwen2",
+            {"sliding_window": 8, "use_sliding_window": True, "max_window_layers": 3},
+            [*[None] * 3, 8],
+        ),
+        ("qwen2", {"sliding_window": 8, "use_sliding_window": True, "max_window_layers": 0}, [8] * 4),
+        (
+            "qwen2",
+            {"sliding_window": 8, "use_sliding_window": True, "layer_types": MIXED},
+            [8, None, 8, None],
+        ),
+        (
+            "qwen3",
+            {"sliding_window": 8, "use_sliding_window": True, "layer_types": MIXED},
+            [8, None, 8, None],
+        ),
+    ],
+)
+def test_windows(model_type: str, config: dict[str, Any], windows: list[int | None]) -> None:
+    model = tiny_llama(layers=4, attention_bias=True)
+    for layer in range(4):
+        for name in "qk":
+            model.weights[f"model.layers.{layer}.self_attn.{name}_norm.weight"] = dense(np.ones(16))
+    graph = build_graph(model.config | config | {"model_type": model_type}, model.weights)
+    assert [node.attrs["window"] for node in graph.nodes if node.op == "attention"] == windows
+    assert [n.attrs["window"] for n in fuse(graph).nodes if n.op == "fused_attention"] == windows
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"layer_types": MIXED}, "layer_types are .*; one for each of 2 layers expected"),
+        ({"layer_types": "full"}, "layer_types are 'full'; one for each of 2 layers"),
+        ({"layer_types": ["sliding_attention"] * 2, "sliding_window": 0}, "sliding_window is 0"),
+        ({"layer_types": ["sliding_attention"] * 2, "sliding_window": None}, "sliding_window is None"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000; at most 4096 expected"),
+    ],
+)
+def test_ill_windows_are_named(config: dict[str, Any], message: str) -> None:
+    model = tiny_llama()
+    with pytest.raises(CheckpointError, match=message):
+        build_graph(model.config | {"model_type": "ministral", "sliding_window": 8} | config, model.weights)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_stored_head_is_the_head(tied: bool) -> None:
+    model = tiny_llama(tied=False)
+    model.config["tie_word_embeddings"] = tied
+    assert model.graph().nodes[-1].weights == ("lm_head.weight",)
+
+
+def test_without_a_stored_head_it_must_be_tied() -> None:
+    model = tiny_llama(tied=True)
+    assert model.graph().nodes[-1].weights == ("model.embed_tokens.weight",)
+    model.config["tie_word_embeddings"] = False
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight is missing"):
+        model.graph()
+
+
+def test_what_tells_the_qwens_from_llama() -> None:
+    """Qwen2 has biases and Qwen3 norms, and neither may be missing."""
+    model = tiny_llama()
+    with pytest.raises(CheckpointError, match=r"layers\.0\.self_attn\.q_proj\.bias is missing"):
+        build_graph(model.config | {"model_type": "qwen2"}, model.weights)
+    with pytest.raises(CheckpointError, match=r"layers\.0\.self_attn\.q_norm\.weight is missing"):
+        build_graph(model.config | {"model_type": "qwen3"}, model.weights)
+    model = tiny_llama(attention_bias=True)
+    assert build_graph(model.config | {"model_type": "qwen2"}, model.weights).nodes == model.graph().nodes
 
 
 def test_config_defaults_are_hugging_faces() -> None:

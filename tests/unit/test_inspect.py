@@ -71,6 +71,17 @@ def test_config_and_machine() -> None:
     assert "1 thread on 2 CPUs" in find(report(quantised(), threads=1), "machine  ")
 
 
+def test_windows_and_scaled_positions_are_told() -> None:
+    model = quantised(model_type="mistral")
+    plain = report(model)
+    model.config |= {"sliding_window": 40, "rope_scaling": {"rope_type": "linear", "factor": 2.0}}
+    lines = report(model)
+    assert "on 2 KV heads, 40 tokens back" in find(lines, "attention  ", "query")
+    assert "RoPE, base 10,000, scaled: linear" in find(lines, "positions")
+    assert find(plain, "attention  ", "query").endswith("KV heads")
+    assert find(plain, "positions").endswith("10,000")
+
+
 def test_alike_layers_are_folded() -> None:
     lines = report(quantised())
     assert "6 alike, each:" in find(lines, "layers 0–5")

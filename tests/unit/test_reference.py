@@ -16,6 +16,7 @@ from hexad.backends.reference import (
     ReferenceBackend,
     ReferenceExecutable,
     from_cache,
+    rms_norm,
     rotate,
     silu,
     to_cache,
@@ -153,6 +154,47 @@ def test_rotation_by_hand() -> None:
             d * math.cos(slow) + b * math.sin(slow),
         ]
         np.testing.assert_allclose(head, [*expected, *rest], rtol=1e-5)
+
+
+def test_rotation_has_its_magnitude_and_divisors() -> None:
+    x, positions = np.random.default_rng(0).normal(size=(3, 12)).astype(np.float32), np.array([0, 5, 40])
+    plain = rotate(x, positions, RopeSpec(6, 4, 100.0)).reshape(3, 2, 6)
+    larger = rotate(x, positions, RopeSpec(6, 4, 100.0, magnitude=1.5)).reshape(3, 2, 6)
+    np.testing.assert_allclose(larger[..., :4], 1.5 * plain[..., :4], atol=1e-6)
+    np.testing.assert_array_equal(larger[..., 4:], plain[..., 4:])
+    slower = rotate(x, positions * 8, RopeSpec(6, 4, 100.0, divisors=(8.0, 8.0)))
+    np.testing.assert_allclose(slower.reshape(plain.shape), plain, atol=1e-5)
+
+
+def test_norm_of_heads_is_each_ones_own() -> None:
+    rng = np.random.default_rng(0)
+    x, weight = rng.normal(size=(5, 12)).astype(np.float32), rng.uniform(0.5, 1.5, 4).astype(np.float32)
+    found = rms_norm(x, weight, 1e-5, heads=3)
+    for head in range(3):
+        columns = slice(4 * head, 4 * head + 4)
+        np.testing.assert_allclose(found[:, columns], rms_norm(x[:, columns], weight, 1e-5), rtol=1e-6)
+    assert np.abs(found - rms_norm(x, np.tile(weight, 3), 1e-5)).max() > 0.1
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
+@pytest.mark.parametrize("window", [1, 9, 32, 40])
+def test_a_window_hides_what_lies_before_it(window: int, fused: bool) -> None:
+    """One layer: each row is that of the prompt cut off before its window, positions being relative."""
+    model = tiny_llama(layers=1, model_type="mistral")
+    model.config["sliding_window"] = window
+    graph = fuse(model.graph()) if fused else model.graph()
+    executable = ReferenceBackend().compile(
+        graph, model.weights, CompileOptions(kv_dtype="f32"), limits_for()
+    )
+    for chunk in (75, 13):
+        batches = [
+            make_batch([(PROMPT[start : start + chunk], start, [5, 2, 9])], sample="all")
+            for start in range(0, len(PROMPT), chunk)
+        ]
+        found = logits(executable, *batches)
+        for row in (0, window - 1, window, 60, 74):
+            seen = PROMPT[max(0, row - window + 1) : row + 1]
+            np.testing.assert_allclose(found[row], logits(executable, one_sequence(seen))[-1], atol=NOISE)
 
 
 def test_silu_has_no_overflow() -> None:

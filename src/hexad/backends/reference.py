@@ -158,7 +158,7 @@ class ReferenceExecutable:
         return table[tokens]
 
     def _norm(self, node: Node, x: Array) -> Array:
-        return rms_norm(x, self._weight(node.weights[0]), node.attrs["eps"])
+        return rms_norm(x, self._weight(node.weights[0]), node.attrs["eps"], node.attrs["heads"] or 1)
 
     def _linear(self, node: Node, x: Array) -> Array:
         return self._project(x, *node.weights)
@@ -198,7 +198,10 @@ class ReferenceExecutable:
             keys, values = pages.transpose(1, 2, 0, 3)  # each [kv head, seen, head_dim]
             queries = q[rows].transpose(1, 2, 0, 3)  # [kv head, query head of its group, row, head_dim]
             scores = queries @ keys[:, None].transpose(0, 1, 3, 2) * np.float32(attrs["scale"])
-            scores[..., seen > positions[:, None]] = -np.inf
+            visible = seen <= positions[:, None]
+            if attrs["window"] is not None:
+                visible &= seen > positions[:, None] - attrs["window"]
+            scores[..., ~visible] = -np.inf
             scores = np.exp(scores - scores.max(axis=-1, keepdims=True))
             scores /= scores.sum(axis=-1, keepdims=True)
             output[rows] = (scores @ values[:, None]).transpose(2, 0, 1, 3).reshape(-1, heads, head_dim)
@@ -226,6 +229,12 @@ class ReferenceExecutable:
             x[:, offset : offset + width]
             for x, offset, width in zip((q, k, v), attrs["offsets"], widths, strict=True)
         )
+        q, k = (
+            x if name is None else rms_norm(x, self._weight(name), attrs["norm_eps"], heads)
+            for x, name, heads in zip(
+                (q, k), attrs["norms"], (attrs["heads"], attrs["kv_heads"]), strict=True
+            )
+        )
         if attrs["rope"] is not None:
             q, k = (rotate(x, self._positions, attrs["rope"]) for x in (q, k))
         return self._attention(node, q, k, v)
@@ -251,10 +260,11 @@ class ReferenceExecutable:
     }
 
 
-def rms_norm(x: Array, weight: Array, eps: float) -> Array:
-    """x / √(mean(x²) + eps) × weight over the last axis, float32."""
-    mean = np.mean(x * x, axis=-1, keepdims=True)
-    return cast(Array, x / np.sqrt(mean + np.float32(eps)) * weight)
+def rms_norm(x: Array, weight: Array, eps: float, heads: int = 1) -> Array:
+    """x / √(mean(x²) + eps) × weight over each of `heads` equal parts of the last axis, float32."""
+    parts = x.reshape(*x.shape[:-1], heads, x.shape[-1] // heads)
+    mean = np.mean(parts * parts, axis=-1, keepdims=True)
+    return cast(Array, (parts / np.sqrt(mean + np.float32(eps)) * weight).reshape(x.shape))
 
 
 def to_cache(x: Array, kv_dtype: CacheDtype) -> NDArray[Any]:
@@ -287,7 +297,7 @@ def silu(x: Array) -> Array:
 def rotate(x: Array, positions: NDArray[np.integer], rope: RopeSpec) -> Array:
     """x [rows, heads × head_dim] with each head rotated by its row's position [rows]; see RopeSpec."""
     angles = positions.astype(np.float32)[:, None] * rope.inv_freq()
-    cos, sin = np.cos(angles)[:, None, :], np.sin(angles)[:, None, :]
+    cos, sin = (turn(angles)[:, None, :] * np.float32(rope.magnitude) for turn in (np.cos, np.sin))
     heads = x.reshape(len(x), -1, rope.head_dim)
     half = rope.rotary_dim // 2
     a, b = heads[..., :half], heads[..., half : 2 * half]

@@ -22,9 +22,9 @@ class Checkpoint:
     path: the file or folder it was opened from.
     config: by Hugging Face's keys: model_type, name (str); hidden_size, intermediate_size, num_hidden_layers,
         num_attention_heads, num_key_value_heads, head_dim, rotary_dim, vocab_size,
-        max_position_embeddings (int); rms_norm_eps, rope_theta (float); tie_word_embeddings (bool). None or
-        absent where they do not apply: rope_scaling (a dict with rope_type and what that kind needs),
-        sliding_window (int), layer_types ("full_attention" or "sliding_attention" for each layer).
+        max_position_embeddings (int); rms_norm_eps, rope_theta (float); tie_word_embeddings (bool);
+        rope_scaling (None or a mapping, see graph/rope.py); sliding_window (None or int); layer_types (None,
+        or for each layer "full_attention" or "sliding_attention").
     weights: by Hugging Face's names; their arrays are views of the mapped file, or gathered from it when
         read, so read each once. A tied "lm_head.weight" is absent.
     generation_defaults: what its authors recommend to sample with, by the names of SamplingParams, each valid

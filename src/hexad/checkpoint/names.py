@@ -1,127 +1,24 @@
-"""What GGUF calls things, and what hexad does: Hugging Face's config keys and tensor names.
+"""From GGUF's names to Hugging Face's, which are hexad's: config keys and tensor names.
 
-One `Architecture` holds the rows for one `general.architecture`; another one is more rows. Whatever a file
-sets or holds that no row knows is refused, because leaving it out could change the numbers without a word.
+The tables are in architectures.py. Whatever a file sets or holds that no row knows is refused, because
+leaving it out could change the numbers without a word.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
-from operator import itemgetter
 from typing import Any, Literal, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
 
+from hexad.checkpoint.architectures import ARCHITECTURES, Architecture, Key
 from hexad.checkpoint.gguf import GGUFFile, LazyArray
 from hexad.errors import CheckpointError, ParamsError, UnsupportedError
 from hexad.params import SamplingParams
 from hexad.weights import Weight
-
-
-@dataclass(frozen=True, slots=True)
-class Key:
-    """A metadata key, less its "{architecture}." prefix, and the config key it becomes.
-
-    kind: an int ≥ 1 or a finite float > 0. maximum: largest value believed.
-    default: the value where the key is absent, from the config so far; None if it may not be absent.
-    """
-
-    gguf: str
-    config: str
-    kind: Literal["int", "float"] = "int"
-    maximum: float = 2**31 - 1
-    default: Callable[[Mapping[str, Any]], Any] | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Tensor:
-    """A tensor in the file and in hexad, less its ".weight" or ".bias" and its layer's prefix.
-
-    bias: whether the model adds a bias where the file has one. optional: whether the file may leave it out.
-    rope_heads: the config key that counts the heads its rows make up, where these are stored with RoPE's
-    pairs side by side.
-    """
-
-    gguf: str
-    name: str
-    bias: bool = False
-    optional: bool = False
-    rope_heads: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Architecture:
-    """The rows for one `general.architecture`.
-
-    tensors: outside layers. layer_tensors: in each layer, after "blk.{i}." or "model.layers.{i}.".
-    neutral: further keys, accepted only at values that mean "not used"; an empty tuple accepts any value.
-    ignored: layer tensors that may be present and are not needed.
-    """
-
-    model_type: str
-    keys: tuple[Key, ...]
-    tensors: tuple[Tensor, ...]
-    layer_tensors: tuple[Tensor, ...]
-    neutral: Mapping[str, tuple[Any, ...]]
-    ignored: tuple[str, ...] = ()
-
-
-_LLAMA = Architecture(
-    model_type="llama",
-    keys=(
-        Key("block_count", "num_hidden_layers", maximum=4096),
-        Key("context_length", "max_position_embeddings"),
-        Key("embedding_length", "hidden_size"),
-        Key("feed_forward_length", "intermediate_size"),
-        Key("attention.head_count", "num_attention_heads"),
-        Key("attention.head_count_kv", "num_key_value_heads", default=itemgetter("num_attention_heads")),
-        Key(
-            "attention.key_length",
-            "head_dim",
-            default=lambda config: config["hidden_size"] // config["num_attention_heads"],
-        ),
-        Key("attention.value_length", "value_head_dim", default=itemgetter("head_dim")),
-        Key("attention.layer_norm_rms_epsilon", "rms_norm_eps", "float", maximum=1.0),
-        Key("rope.freq_base", "rope_theta", "float", maximum=1e15, default=lambda _: 10000.0),
-        Key("rope.dimension_count", "rotary_dim", default=itemgetter("head_dim")),
-    ),
-    tensors=(
-        Tensor("token_embd", "model.embed_tokens"),
-        Tensor("output_norm", "model.norm"),
-        Tensor("output", "lm_head", optional=True),
-    ),
-    layer_tensors=(
-        Tensor("attn_norm", "input_layernorm"),
-        Tensor("attn_q", "self_attn.q_proj", bias=True, rope_heads="num_attention_heads"),
-        Tensor("attn_k", "self_attn.k_proj", bias=True, rope_heads="num_key_value_heads"),
-        Tensor("attn_v", "self_attn.v_proj", bias=True),
-        Tensor("attn_output", "self_attn.o_proj", bias=True),
-        Tensor("ffn_norm", "post_attention_layernorm"),
-        Tensor("ffn_gate", "mlp.gate_proj", bias=True),
-        Tensor("ffn_up", "mlp.up_proj", bias=True),
-        Tensor("ffn_down", "mlp.down_proj", bias=True),
-    ),
-    neutral={
-        "vocab_size": (),  # the embedding table has it; the two are compared
-        "tensor_data_layout": (),  # where the converter had the weights from
-        "rope.scaling.type": ("none", "linear"),  # linear scales by the factor alone
-        "rope.scaling.factor": (0.0, 1.0),
-        "rope.scaling.attn_factor": (1.0,),
-        "rope.scaling.original_context_length": (),  # read only by the kinds of scaling refused above
-        "rope.scaling.finetuned": (),
-        "rope.scale_linear": (0.0, 1.0),
-        "expert_count": (0,),
-        "expert_used_count": (0,),
-        "attention.sliding_window": (0,),
-        "attention.causal": (True,),
-        "use_parallel_residual": (False,),
-        "logit_scale": (0.0, 1.0),
-    },
-    ignored=("attn_rot_embd.weight",),  # the RoPE frequencies, which follow from rope.freq_base
-)
 
 _SAMPLING = {
     "temp": "temperature",
@@ -148,11 +45,10 @@ _SAMPLERS = {
 }
 """llama.cpp's other names of samplers, "-" being "_"."""
 
-ARCHITECTURES = {"llama": _LLAMA}
-"""By `general.architecture`. Mistral models call themselves "llama" too."""
+_ROPE_FREQS = "rope_freqs.weight"
+"""A tensor that is read into the config."""
 
 _REASONS = {
-    "rope_freqs": "scaled RoPE frequencies, as Llama 3.1 and later have",
     "_exps": "experts of a mixture-of-experts model",
     "ffn_gate_inp": "the router of a mixture-of-experts model",
 }
@@ -178,6 +74,8 @@ def read_config(file: GGUFFile) -> dict[str, Any]:
     config["vocab_size"] = _vocab_size(file, prefix + "vocab_size")
     config["tie_word_embeddings"] = "output.weight" not in file.tensors
     _check_heads(file, config)
+    config["rope_scaling"] = _rope_scaling(file, prefix, config)
+    config |= _windows(file, prefix, config)
     return config
 
 
@@ -194,7 +92,7 @@ def map_weights(file: GGUFFile, config: Mapping[str, Any]) -> dict[str, Weight]:
     rows += [(f"blk.{i}.", f"model.layers.{i}.", row) for i in layers for row in architecture.layer_tensors]
 
     weights: dict[str, Weight] = {}
-    unused = dict.fromkeys(file.tensors)
+    unused = dict.fromkeys(name for name in file.tensors if name != _ROPE_FREQS)
     for stored_prefix, prefix, row in rows:
         for suffix in (".weight", ".bias") if row.bias else (".weight",):
             stored = stored_prefix + row.gguf + suffix
@@ -303,7 +201,12 @@ def _refuse_unknown_keys(file: GGUFFile, architecture: Architecture, prefix: str
             continue
         allowed = architecture.neutral.get(name.removeprefix(prefix))
         if allowed is None or (allowed and value not in allowed):
-            raise UnsupportedError(f"{file.path}: sets {name!r:.80} to {value!r:.80}, which is not supported")
+            _refuse_setting(file, name)
+
+
+def _refuse_setting(file: GGUFFile, name: str) -> NoReturn:
+    value = file.metadata[name]
+    raise UnsupportedError(f"{file.path}: sets {name!r:.80} to {value!r:.80}, which is not supported")
 
 
 def _read_key(file: GGUFFile, key: Key, name: str, config: Mapping[str, Any]) -> Any:
@@ -354,6 +257,81 @@ def _check_heads(file: GGUFFile, config: dict[str, Any]) -> None:
         raise UnsupportedError(
             f"{file.path}: heads have keys of {head_dim} and values of {value_dim} features, not equal ones"
         )
+
+
+def _rope_scaling(file: GGUFFile, prefix: str, config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Hugging Face's rope_scaling. Where Llama 3.1 scales, converters store the divisors it comes to."""
+    kind = file.metadata.get(f"{prefix}rope.scaling.type", "linear")
+    factor = _optional(file, f"{prefix}rope.scaling.factor")
+    factor = factor or _optional(file, f"{prefix}rope.scale_linear") or 1.0
+    scaling: dict[str, Any] | None = None
+    if kind == "yarn":
+        scaling = _yarn(file, f"{prefix}rope.scaling.", factor, config)
+    elif kind not in ("none", "linear"):
+        _refuse_setting(file, f"{prefix}rope.scaling.type")
+    elif _optional(file, f"{prefix}rope.scaling.attn_factor") not in (None, 1.0):
+        _refuse_setting(file, f"{prefix}rope.scaling.attn_factor")
+    elif kind == "linear" and factor != 1.0:
+        scaling = {"rope_type": "linear", "factor": factor}
+    tensor = file.tensors.get(_ROPE_FREQS)
+    if tensor is None:
+        return scaling
+    if scaling is not None:
+        raise UnsupportedError(f"{file.path}: scales RoPE by {kind!r} and by tensor {_ROPE_FREQS!r} at once")
+    if tensor.format.name != "F32" or tensor.shape != (config["rotary_dim"] // 2,):
+        _fail(
+            file,
+            f"tensor {_ROPE_FREQS} is {tensor.format.name} of shape {tensor.shape}; F32 of shape "
+            f"{(config['rotary_dim'] // 2,)} expected",
+        )
+    return {"rope_type": "divisors", "divisors": tuple(tensor.dequantise().tolist())}
+
+
+def _yarn(file: GGUFFile, prefix: str, factor: float, config: Mapping[str, Any]) -> dict[str, Any]:
+    """YaRN as llama.cpp computes it: cos and sin are multiplied by attn_factor, and by what the factor makes
+    of the paper's formula, less the part for which yarn_log_multiplier makes up elsewhere. Converters put
+    Hugging Face's attention_factor, which takes the formula's place, into yarn_attn_factor."""
+    if file.metadata.get(f"{prefix}yarn_ext_factor", 1.0) != 1.0:
+        _refuse_setting(file, f"{prefix}yarn_ext_factor")  # how much of YaRN is mixed with linear scaling
+    context = _optional(file, f"{prefix}original_context_length", "int")
+    growth = 0.1 * math.log(max(factor, 1.0))
+    shared = growth * (_optional(file, f"{prefix}yarn_log_multiplier") or 0.0)
+    magnitude = _optional(file, f"{prefix}yarn_attn_factor") or (1 + growth) / (1 + shared)
+    return {
+        "rope_type": "yarn",
+        "factor": factor,
+        "original_max_position_embeddings": context or config["max_position_embeddings"],
+        "attention_factor": magnitude * (_optional(file, f"{prefix}attn_factor") or 1.0),
+        "beta_fast": _optional(file, f"{prefix}yarn_beta_fast"),
+        "beta_slow": _optional(file, f"{prefix}yarn_beta_slow"),
+    }
+
+
+def _windows(file: GGUFFile, prefix: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    """What the config says of sliding windows. "llama" files with one are Mistral's or Ministral's."""
+    name, layers = f"{prefix}attention.sliding_window", f"{prefix}attention.sliding_window_pattern"
+    window = _optional(file, name, "int")
+    if window is None or window >= config["max_position_embeddings"]:
+        return {"sliding_window": None, "layer_types": None}
+    found: dict[str, Any] = {"sliding_window": window, "layer_types": None}
+    if layers in file.metadata:
+        pattern = file.metadata[layers]
+        slides = pattern.tolist() if isinstance(pattern, LazyArray) else []
+        if len(slides) != config["num_hidden_layers"] or not all(isinstance(s, bool) for s in slides):
+            _refuse_setting(file, layers)  # a period, which means one thing here and another there
+        found["layer_types"] = ["sliding_attention" if s else "full_attention" for s in slides]
+    if config["model_type"] == "llama":
+        return found | {"model_type": "mistral" if found["layer_types"] is None else "ministral"}
+    if found["layer_types"] is None:
+        _refuse_setting(file, name)  # it does not hold for all layers, and nothing says for which
+    return found | {"use_sliding_window": True}
+
+
+def _optional(file: GGUFFile, name: str, kind: Literal["int", "float"] = "float") -> Any:
+    """The checked value of a key; None where it is absent or 0, which llama.cpp takes for unset."""
+    if file.metadata.get(name, 0) == 0:
+        return None
+    return _read_key(file, Key(name, name, kind), name, {})
 
 
 def _fail(file: GGUFFile, reason: str) -> NoReturn:

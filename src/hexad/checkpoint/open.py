@@ -20,8 +20,9 @@ _PICKLES = (b"PK\x03\x04", b"\x80\x02")  # torch.save, new and old
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """The model at this path: a GGUF file, or any one part of a model in several; a folder as Hugging Face's libraries save it (config.json and
-    safetensors), or one of the safetensors files in it; or a folder whose only model is a GGUF file.
+    """The model at this path: a GGUF file, or any one part of a model in several; a folder as Hugging Face's
+    libraries save it (config.json and safetensors), or one of the safetensors files in it; or a folder whose
+    only model is a GGUF file.
 
     Raises ModelNotFoundError if there is nothing, CheckpointError if it is malformed, and UnsupportedError if
     it is no such model, or of an architecture, type or setting hexad does not know. Each names the path.

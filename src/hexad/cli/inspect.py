@@ -100,14 +100,18 @@ class Report:
         model = self.model
         heads, kv_heads = model["num_attention_heads"], model["num_key_value_heads"]
         tied = "tied to the embedding" if model["tie_word_embeddings"] else "its own table"
-        rotated = (
-            "" if model["rotary_dim"] == model["head_dim"] else f", {model['rotary_dim']} features rotated"
-        )
+        rope = next(rope for n in self.graph.nodes if (rope := n.attrs.get("rope")) is not None)
+        rotated = "" if rope.rotary_dim == rope.head_dim else f", {rope.rotary_dim} features rotated"
+        scaling = model.get("rope_scaling") or {}
+        kind = scaling.get("rope_type", scaling.get("type", "default"))
+        scaled = "" if kind == "default" else f", scaled: {kind}"
+        windows = sorted({n.attrs["window"] or 0 for n in self.graph.nodes if "attention" in n.op})
+        seen = "".join(f", {window:,} tokens back" for window in windows if window)
         return _pairs(
             ("architecture", model["model_type"]),
             ("layers", f"{model['num_hidden_layers']} of width {model['hidden_size']:,}"),
-            ("attention", f"{heads} query heads of {model['head_dim']} on {kv_heads} KV heads"),
-            ("positions", f"RoPE, base {model['rope_theta']:,.0f}{rotated}"),
+            ("attention", f"{heads} query heads of {rope.head_dim} on {kv_heads} KV heads{seen}"),
+            ("positions", f"RoPE, base {rope.theta:,.0f}{rotated}{scaled}"),
             ("context", f"{model['max_position_embeddings']:,} tokens"),
             ("MLP", f"{model['intermediate_size']:,}, gated by SiLU"),
             ("vocabulary", f"{model['vocab_size']:,}; output head {tied}"),

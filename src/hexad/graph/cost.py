@@ -124,7 +124,8 @@ def step_numbers(
     kv_dtype: CacheDtype,
     weight_bytes: Mapping[str, int] | None = None,
 ) -> StepNumbers:
-    """The terms of a step's cost, which is linear in what the step holds.
+    """The terms of a step's cost, which is linear in what the step holds; sliding windows, which are not, do
+    not count.
 
     step_bytes: read once a step, the weights. token_macs: multiply-adds with weights per token; draw_macs:
     per row of logits. pair_macs: multiply-adds of attention per pair of a token and a position it looks at.

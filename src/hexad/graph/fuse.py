@@ -4,7 +4,7 @@ Pure and structural: it looks at ops and edges, never at weight formats or sizes
 five nodes:
 
     norm, q, k, v                →  fused_linear "store"
-    rope, rope, attention        →  fused_attention, reading columns of the former
+    rope, rope, attention        →  fused_attention, reading columns of the former; so go norms of their heads
     o, add                       →  fused_linear "add"
     norm, gate, up, gated        →  fused_linear "gated"
     down, add                    →  fused_linear "add"
@@ -13,8 +13,9 @@ What matches no pattern keeps its plain node, so every graph stays valid. A line
 logits alone are the smallest match: after fuse there is none of these as a plain node. Nodes that nothing
 reads are dropped.
 
-A node goes into another only where nobody else reads its value. That of q and k before their rotation nobody
-else may read either, and q, k and v must be three values: backends rotate q and k where they lie.
+A node goes into another only where nobody else reads its value. Those of q and k before their norm and
+rotation nobody else may read either, and q, k and v must be three values: backends norm and rotate q and k
+where they lie.
 """
 
 from __future__ import annotations
@@ -72,22 +73,34 @@ class _Fuser:
     def _attention(self, place: Value) -> None:
         node = self.nodes[place]
         q, k, v = node.inputs
-        rope = None
-        ropes = [self.nodes[value] for value in (q, k)]
-        if (
-            all(r.op == "rope" for r in ropes)
-            and ropes[0].attrs["rope"] == ropes[1].attrs["rope"]
-            and self._read_only_by({q, k}, {place})
-            and len({ropes[0].inputs[0], ropes[1].inputs[0], v}) == 3
-            and self._read_only_by({ropes[0].inputs[0]}, {q})
-            and self._read_only_by({ropes[1].inputs[0]}, {k})
-        ):
-            rope = ropes[0].attrs["rope"]
-            self.absorbed |= {q, k}
-            q, k = ropes[0].inputs[0], ropes[1].inputs[0]
-        offsets = self._side_by_side((q, k, v), {place, *node.inputs} & (self.absorbed | {place}))
-        attrs = {**node.attrs, "offsets": offsets, "rope": rope, "norms": (None, None), "norm_eps": 0.0}
-        self.replaced[place] = _Fused("fused_attention", (q, k, v), (), attrs)
+        readers = {place}  # and what goes into it
+        attrs = {**node.attrs, "rope": None, "norms": (None, None), "norm_eps": 0.0}
+        ropes = self._in_place("rope", q, k, v, readers)
+        if ropes and ropes[0].attrs == ropes[1].attrs:
+            attrs["rope"] = ropes[0].attrs["rope"]
+            readers |= {q, k}
+            q, k = (rope.inputs[0] for rope in ropes)
+        norms = self._in_place("norm", q, k, v, readers)
+        heads = [node.attrs["heads"], node.attrs["kv_heads"]]
+        if norms and [n.attrs["heads"] for n in norms] == heads and len({n.attrs["eps"] for n in norms}) == 1:
+            attrs["norms"] = tuple(norm.weights[0] for norm in norms)
+            attrs["norm_eps"] = norms[0].attrs["eps"]
+            readers |= {q, k}
+            q, k = (norm.inputs[0] for norm in norms)
+        self.absorbed |= readers - {place}
+        attrs["offsets"] = self._side_by_side((q, k, v), readers)
+        names = tuple(name for name in attrs["norms"] if name is not None)
+        self.replaced[place] = _Fused("fused_attention", (q, k, v), names, attrs)
+
+    def _in_place(self, op: str, q: Value, k: Value, v: Value, readers: set[Value]) -> list[Node]:
+        """The nodes that make q and k, if both are of this op, nobody but `readers` reads them and nobody but
+        them what they read, and that and v are three values; else none."""
+        nodes = [self.nodes[value] for value in (q, k)]
+        if any(node.op != op for node in nodes) or not self._read_only_by({q, k}, readers):
+            return []
+        read = [node.inputs[0] for node in nodes]
+        alone = self._read_only_by({read[0]}, {q}) and self._read_only_by({read[1]}, {k})
+        return nodes if alone and len({*read, v}) == 3 else []
 
     def _side_by_side(self, values: tuple[Value, Value, Value], readers: set[Value]) -> tuple[int, ...]:
         """Puts those of `values` that are linears of one input, and are read by `readers` alone, into one
@@ -155,7 +168,7 @@ class _Fuser:
     def _normed(self, x: Value, readers: set[Value]) -> tuple[Value, str | None, float]:
         """What to read instead of x, and the norm to do first: x's own, if nobody else wants its output."""
         node = self.nodes[x]
-        if node.op != "norm" or node.attrs["heads"] or not self._read_only_by({x}, readers):
+        if node.op != "norm" or node.attrs["heads"] is not None or not self._read_only_by({x}, readers):
             return x, None, 0.0
         self.absorbed.add(x)
         return node.inputs[0], node.weights[0], node.attrs["eps"]

@@ -29,13 +29,14 @@ class Graph:
         return self.append("embed", (), (f"{name}.weight",))
 
     def norm(self, x: Value, name: str, *, eps: float, heads: int | None = None) -> Value:
-        """RMS norm: x / √(mean(x²) + eps) × `name.weight`; of each of `heads` by itself."""
+        """RMS norm: x / √(mean(x²) + eps) × `name.weight`, of each of `heads` heads by itself if given."""
         return self.append("norm", (x,), (f"{name}.weight",), eps=eps, heads=heads)
 
-    def linear(self, x: Value, name: str) -> Value:
-        """x · `name.weight`ᵀ, plus `name.bias` where the checkpoint has it."""
-        bias = (f"{name}.bias",) if f"{name}.bias" in self.weights else ()
-        return self.append("linear", (x,), (f"{name}.weight", *bias))
+    def linear(self, x: Value, name: str, *, bias: bool = False) -> Value:
+        """x · `name.weight`ᵀ, plus `name.bias` where the checkpoint has it; with `bias` it must."""
+        bias = bias or f"{name}.bias" in self.weights
+        names = (f"{name}.weight", f"{name}.bias") if bias else (f"{name}.weight",)
+        return self.append("linear", (x,), names)
 
     def rope(self, x: Value, rope: RopeSpec) -> Value:
         """Rotates each head of x by its row's position."""
@@ -47,8 +48,8 @@ class Graph:
     ) -> Value:  # fmt: skip
         """Causal attention of every row over its own sequence; writes k and v to the paged cache of `layer`.
 
-        Query head h reads KV head h // (heads / kv_heads). window: a row at position p sees the positions
-        p − window + 1 … p alone.
+        Query head h reads KV head h // (heads / kv_heads). window: how many positions a row sees, its own
+        being the last; None for all.
         """
         return self.append(
             "attention", (q, k, v),

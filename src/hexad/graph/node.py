@@ -22,18 +22,24 @@ class RopeSpec:
     """Rotary position embedding (Su et al. 2021, arXiv:2104.09864) in the half-split form.
 
     In each head the first `rotary_dim` features are rotated: features i and i + rotary_dim/2 by the angle
-    position × theta^(−2i/rotary_dim), computed as a float32 product. magnitude multiplies cosines and sines.
+    position × inv_freq[i], computed as a float32 product, and multiplied by `magnitude`.
+
+    divisors: what scaling for longer contexts divides the frequencies theta^(−2i/rotary_dim) by, one for
+    each; None for 1. Every kind of scaling comes down to these and the magnitude: see graph/rope.py.
     """
 
     head_dim: int
     rotary_dim: int
     theta: float
+    divisors: tuple[float, ...] | None = None
     magnitude: float = 1.0
 
     def inv_freq(self) -> NDArray[np.float32]:
         """Angle per position, float32 [rotary_dim / 2]."""
         exponents = np.arange(0, self.rotary_dim, 2, dtype=np.float32) / np.float32(self.rotary_dim)
         frequencies: NDArray[np.float64] = 1.0 / np.power(np.float64(self.theta), exponents)
+        if self.divisors is not None:
+            frequencies /= np.array(self.divisors)
         return frequencies.astype(np.float32)
 
 

@@ -65,7 +65,8 @@ class Embed(Op):
 
 class Norm(Op):
     """RMS norm (Zhang and Sennrich 2019, arXiv:1910.07467): x / √(mean(x²) + eps) × w, the mean over
-    features."""
+    features. With attr `heads`, each of so many equal parts of x by itself, all with the same
+    w [features / heads]."""
 
     def features(self, inputs: Sequence[int], weights: Sequence[Tensor], attrs: Mapping[str, Any]) -> int:
         (width,), (scale,), heads = inputs, weights, attrs["heads"] or 1
@@ -89,7 +90,8 @@ class Linear(Op):
 
 class Rope(Op):
     """Rotates features i and i + rotary_dim/2 of each head by the angle position × inv_freq[i]:
-    (a, b) → (a cos − b sin, b cos + a sin). The angle is a float32 product; see RopeSpec."""
+    (a, b) → (a cos − b sin, b cos + a sin), cos and sin multiplied by the magnitude. The angle is a float32
+    product; see RopeSpec."""
 
     def features(self, inputs: Sequence[int], weights: Sequence[Tensor], attrs: Mapping[str, Any]) -> int:
         (width,), head_dim = inputs, attrs["rope"].head_dim
@@ -104,7 +106,8 @@ class Rope(Op):
 class Attention(Op):
     """Writes k and v of every row to the paged cache of `layer`; then, for query head h of the row at
     position p, softmax(scale · q_h · Kᵀ) · V over positions 0 … p of the row's own sequence, where K and V
-    are those of KV head h // (heads / kv_heads), read back from the cache in the cache's dtype."""
+    are those of KV head h // (heads / kv_heads), read back from the cache in the cache's dtype. With attr
+    `window`, over the last `window` of these positions only: p − window + 1 … p."""
 
     def features(self, inputs: Sequence[int], weights: Sequence[Tensor], attrs: Mapping[str, Any]) -> int:
         heads, kv_heads, head_dim = attrs["heads"], attrs["kv_heads"], attrs["head_dim"]
@@ -116,15 +119,22 @@ class Attention(Op):
                 f"{count} heads of {head_dim} need {count * head_dim}",
             )
         _expect(heads % kv_heads == 0, f"{heads} query heads do not share {kv_heads} KV heads evenly")
+        if attrs["window"] is not None and attrs["window"] < 1:
+            raise ValueError(f"a window of {attrs['window']} positions; at least 1 expected")
         return inputs[0]
 
     def work(self, node: Node, inputs: Sequence[int], rows: int, context: int) -> Work:
         query, key = _heads(node.attrs)
-        pairs = rows * context - rows * (rows - 1) // 2  # (query, key) pairs that causality leaves
+        start, window = context - rows, node.attrs["window"] or context
+        # (query, key) pairs that causality leaves, less those that the window takes away
+        pairs = (
+            _triangle(context) - _triangle(start) - _triangle(context - window) + _triangle(start - window)
+        )
         return Work(
             attention_macs=2 * pairs * query,
             other_flops=4 * pairs * node.attrs["heads"],  # scale, subtract the maximum, exponential, sum
-            kv_read=2 * context * key,  # once for all rows and for all query heads of a group
+            # once for all rows and for all query heads of a group
+            kv_read=2 * min(context, rows + window - 1) * key,
             kv_written=2 * rows * key,
         )
 
@@ -204,14 +214,17 @@ class FusedLinear(Op):
 
 
 class FusedAttention(Attention):
-    """`attention` of columns of its three inputs, q and k rotated first.
+    """`attention` of columns of its three inputs, q and k first normed head by head and then rotated.
 
     attrs: those of attention, and offsets: the first column of q, k and v in their inputs (which may be
-    the same value); rope: a RopeSpec or None.
+    the same value); norms: the weight names [head_dim] of q's and k's norm, each may be None, and norm_eps;
+    rope: a RopeSpec or None. weights: the names in norms.
     """
 
     def features(self, inputs: Sequence[int], weights: Sequence[Tensor], attrs: Mapping[str, Any]) -> int:
         query, key = _heads(attrs)
+        for scale in weights:
+            _vector(*scale, attrs["head_dim"])
         columns = (query, key, key)
         for offset, width, count in zip(attrs["offsets"], inputs, columns, strict=True):
             _expect(0 <= offset <= width - count, f"columns {offset}…{offset + count} of {width}")
@@ -222,9 +235,10 @@ class FusedAttention(Attention):
         work = super().work(node, inputs, rows, context)
         rope = node.attrs["rope"]
         rotated = (query + key) * rope.rotary_dim // rope.head_dim if rope is not None else 0
+        normed = sum(width for width, name in zip((query, key), node.attrs["norms"], strict=True) if name)
         return Work(
             attention_macs=work.attention_macs,
-            other_flops=work.other_flops + 3 * rows * rotated,
+            other_flops=work.other_flops + rows * (3 * rotated + 4 * normed),
             kv_read=work.kv_read,
             kv_written=work.kv_written,
         )
@@ -299,6 +313,11 @@ def _project(width: int, weight: Tensor, bias: Tensor | None = None) -> int:
     if bias is not None:
         _vector(*bias, rows)
     return rows
+
+
+def _triangle(n: int) -> int:
+    """1 + 2 + … + n; 0 for n < 0."""
+    return n * (n + 1) // 2 if n > 0 else 0
 
 
 def _heads(attrs: Mapping[str, Any]) -> tuple[int, int]:

@@ -1,22 +1,31 @@
-"""Llama (Touvron et al. 2023, arXiv:2302.13971 and arXiv:2307.09288), Llama 3, SmolLM, TinyLlama.
+"""Llama (Touvron et al. 2023, arXiv:2302.13971 and arXiv:2307.09288), Llama 3.x, SmolLM2, TinyLlama.
 
 A pre-norm decoder: RMS norm, grouped-query attention with rotary positions, a SiLU-gated MLP.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from hexad.errors import CheckpointError, UnsupportedError
 from hexad.graph import Graph, RopeSpec
+from hexad.graph.config import integer, number
+from hexad.graph.rope import read_rope
 
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    """The hyperparameters, under their Hugging Face names."""
+    """The hyperparameters, under their Hugging Face names.
+
+    rope: see `read_rope`. windows: for each layer how many positions a row sees, None for all.
+    qkv_bias: whether q, k and v must have a bias; else they have one where the checkpoint does.
+    qk_norm: whether each head of q and k is normed before its rotation.
+    """
+
+    qkv_bias: ClassVar[bool] = False
+    qk_norm: ClassVar[bool] = False
 
     hidden_size: int
     intermediate_size: int
@@ -25,8 +34,8 @@ class Config:
     num_key_value_heads: int
     head_dim: int
     rms_norm_eps: float
-    rope_theta: float
-    rotary_dim: int
+    rope: RopeSpec
+    windows: tuple[int | None, ...]
     vocab_size: int
     max_position_embeddings: int
     tie_word_embeddings: bool
@@ -37,51 +46,56 @@ class Config:
         not built."""
         if config.get("hidden_act", "silu") != "silu":
             raise UnsupportedError(f"hidden_act is {config['hidden_act']!r}; only 'silu' is supported")
-        if config.get("rope_scaling"):
-            raise UnsupportedError(f"rope_scaling {config['rope_scaling']!r} is not supported yet")
-        hidden = _integer(config, "hidden_size")
-        heads = _integer(config, "num_attention_heads")
+        hidden = integer(config, "hidden_size")
+        heads = integer(config, "num_attention_heads")
         if config.get("head_dim") is None and hidden % heads:
             raise CheckpointError(f"hidden_size {hidden} is not divisible by num_attention_heads {heads}")
-        head_dim = _integer(config, "head_dim", hidden // heads)
-        cfg = cls(
+        head_dim = integer(config, "head_dim", hidden // heads)
+        layers = integer(config, "num_hidden_layers")
+        if layers > 4096:
+            raise CheckpointError(f"the config's num_hidden_layers is {layers}; at most 4096 expected")
+        return cls(
             hidden_size=hidden,
-            intermediate_size=_integer(config, "intermediate_size"),
-            num_hidden_layers=_integer(config, "num_hidden_layers"),
+            intermediate_size=integer(config, "intermediate_size"),
+            num_hidden_layers=layers,
             num_attention_heads=heads,
-            num_key_value_heads=_integer(config, "num_key_value_heads", heads),
+            num_key_value_heads=integer(config, "num_key_value_heads", heads),
             head_dim=head_dim,
-            rms_norm_eps=_number(config, "rms_norm_eps"),
-            rope_theta=_number(config, "rope_theta", 10_000.0),
-            rotary_dim=_integer(config, "rotary_dim", head_dim),
-            vocab_size=_integer(config, "vocab_size"),
-            max_position_embeddings=_integer(config, "max_position_embeddings"),
+            rms_norm_eps=number(config, "rms_norm_eps"),
+            rope=read_rope(config, head_dim),
+            windows=_windows(config, cls.layer_types(config, layers), layers),
+            vocab_size=integer(config, "vocab_size"),
+            max_position_embeddings=integer(config, "max_position_embeddings"),
             tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
         )
-        if cfg.rotary_dim % 2 or cfg.rotary_dim > head_dim:
-            raise CheckpointError(
-                f"rotary_dim is {cfg.rotary_dim}; an even number of at most {head_dim} expected"
-            )
-        return cfg
+
+    @staticmethod
+    def layer_types(config: Mapping[str, Any], layers: int) -> Sequence[str]:
+        """For each layer "full_attention" or "sliding_attention", through a window of sliding_window."""
+        return ["full_attention"] * layers
 
 
 def build(cfg: Config, g: Graph) -> None:
     """Appends the model to g. Raises CheckpointError for a missing or misshapen tensor."""
-    rope = RopeSpec(cfg.head_dim, cfg.rotary_dim, cfg.rope_theta)
     heads = {"heads": cfg.num_attention_heads, "kv_heads": cfg.num_key_value_heads, "head_dim": cfg.head_dim}
     x = g.embed("model.embed_tokens")
-    for i in range(cfg.num_hidden_layers):
+    for i, window in enumerate(cfg.windows):
         layer = f"model.layers.{i}"
         h = g.norm(x, f"{layer}.input_layernorm", eps=cfg.rms_norm_eps)
-        q, k, v = (g.linear(h, f"{layer}.self_attn.{name}_proj") for name in "qkv")
-        q, k = g.rope(q, rope), g.rope(k, rope)
-        a = g.attention(q, k, v, layer=i, **heads, scale=cfg.head_dim**-0.5)
+        q, k, v = (g.linear(h, f"{layer}.self_attn.{name}_proj", bias=cfg.qkv_bias) for name in "qkv")
+        if cfg.qk_norm:
+            q = g.norm(q, f"{layer}.self_attn.q_norm", eps=cfg.rms_norm_eps, heads=cfg.num_attention_heads)
+            k = g.norm(k, f"{layer}.self_attn.k_norm", eps=cfg.rms_norm_eps, heads=cfg.num_key_value_heads)
+        q, k = g.rope(q, cfg.rope), g.rope(k, cfg.rope)
+        a = g.attention(q, k, v, layer=i, **heads, scale=cfg.head_dim**-0.5, window=window)
         x = g.add(x, g.linear(a, f"{layer}.self_attn.o_proj"))
         h = g.norm(x, f"{layer}.post_attention_layernorm", eps=cfg.rms_norm_eps)
         gate, up = g.linear(h, f"{layer}.mlp.gate_proj"), g.linear(h, f"{layer}.mlp.up_proj")
         x = g.add(x, g.linear(g.gated(gate, up, "silu"), f"{layer}.mlp.down_proj"))
-    head = "model.embed_tokens" if cfg.tie_word_embeddings else "lm_head"
-    g.logits(g.norm(g.take_rows(x), "model.norm", eps=cfg.rms_norm_eps), head)
+    # A head that is stored is meant, whatever the config says: so transformers reads it too.
+    tied = cfg.tie_word_embeddings and "lm_head.weight" not in g.weights
+    x = g.norm(g.take_rows(x), "model.norm", eps=cfg.rms_norm_eps)
+    g.logits(x, "model.embed_tokens" if tied else "lm_head")
     _agrees(g, cfg)
 
 
@@ -98,17 +112,20 @@ def _agrees(g: Graph, cfg: Config) -> None:
             raise CheckpointError(f"the config's {key} is {expected}, but the tensors have {found}")
 
 
-def _integer(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
-    value = config.get(key)
-    value = default if value is None else value
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise CheckpointError(f"the config's {key} is {value!r}; a positive integer expected")
-    return value
-
-
-def _number(config: Mapping[str, Any], key: str, default: float | None = None) -> float:
-    value = config.get(key)
-    value = default if value is None else value
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise CheckpointError(f"the config's {key} is {value!r}; a positive number expected")
-    return float(value)
+def _windows(config: Mapping[str, Any], types: Sequence[str], layers: int) -> tuple[int | None, ...]:
+    """Each layer's window. One that holds the whole context is none."""
+    if not isinstance(types, list | tuple) or len(types) != layers:
+        raise CheckpointError(
+            f"the config's layer_types are {types!r:.80}; one for each of {layers} layers expected"
+        )
+    for kind in types:
+        if kind not in ("full_attention", "sliding_attention"):
+            raise UnsupportedError(
+                f"layer_types has {kind!r:.80}; only full and sliding attention are supported"
+            )
+    if "sliding_attention" not in types:
+        return (None,) * layers
+    window: int | None = integer(config, "sliding_window")
+    if window is not None and window >= integer(config, "max_position_embeddings"):
+        window = None
+    return tuple(window if kind == "sliding_attention" else None for kind in types)

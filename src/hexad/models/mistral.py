@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Self
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from hexad.errors import UnsupportedError
 from hexad.models import llama
 from hexad.models.llama import build
 
@@ -13,15 +12,9 @@ __all__ = ["Config", "build"]
 
 
 class Config(llama.Config):
-    """Llama's hyperparameters; a window as long as the context is no window."""
+    """Llama's hyperparameters, and sliding_window."""
 
-    @classmethod
-    def from_dict(cls, config: Mapping[str, Any]) -> Self:
-        cfg = super().from_dict(config)
-        window = config.get("sliding_window")
-        if window is not None and window < cfg.max_position_embeddings:
-            raise UnsupportedError(
-                f"sliding_window {window} is shorter than the context of {cfg.max_position_embeddings}; "
-                f"windowed attention is not supported yet"
-            )
-        return cfg
+    @staticmethod
+    def layer_types(config: Mapping[str, Any], layers: int) -> Sequence[str]:
+        """All alike."""
+        return ["full_attention" if config.get("sliding_window") is None else "sliding_attention"] * layers
