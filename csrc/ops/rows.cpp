@@ -120,14 +120,15 @@ int64_t read(const void* data, int64_t bytes) {
 
 int64_t dot_rate(int64_t iterations, int64_t* sink) {
   constexpr int kChains = 12;
-  int8_t bytes[4] = {1, -1, 1, -1};
-  const Quads x = splat_quad(bytes);
+  const int8_t bytes[64] = {1, -1, 1, -1};
+  const Quads weights = load_quads(bytes);
+  const auto x = splat_quad(bytes);
   I32 acc[kChains];
   HEXAD_UNROLL
   for (int c = 0; c < kChains; ++c) acc[c] = splat_int(c);
   for (int64_t i = 0; i < iterations; ++i) {
     HEXAD_UNROLL
-    for (int c = 0; c < kChains; ++c) acc[c] = dot(acc[c], x, x);
+    for (int c = 0; c < kChains; ++c) acc[c] = dot(acc[c], weights, x);
   }
   HEXAD_UNROLL
   for (int c = 0; c < kChains; ++c) *sink += sum(acc[c]);
