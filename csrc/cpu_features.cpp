@@ -4,8 +4,39 @@
 #include <map>
 #include <stdexcept>
 
+#ifdef HEXAD_HAS_NEON
+#ifdef __APPLE__
+#include <sys/sysctl.h>
+#else
+#include <sys/auxv.h>
+#endif
+#endif
+
 namespace hexad {
 namespace {
+
+#ifdef HEXAD_HAS_NEON
+// FEAT_DotProd, and FEAT_I8MM beside it. NEON itself, fused multiply-adds and conversions of halves are part of
+// every ARMv8-A.
+struct ArmFeatures {
+  bool dot_product, int8_matrix;
+};
+#ifdef __APPLE__
+ArmFeatures arm_features() {
+  const auto has = [](const char* name) {
+    int value = 0;
+    size_t size = sizeof value;
+    return sysctlbyname(name, &value, &size, nullptr, 0) == 0 && value != 0;
+  };
+  return {has("hw.optional.arm.FEAT_DotProd"), has("hw.optional.arm.FEAT_I8MM")};
+}
+#else
+ArmFeatures arm_features() {
+  // HWCAP_ASIMDDP and HWCAP2_I8MM, which older headers lack.
+  return {(getauxval(AT_HWCAP) >> 20 & 1) != 0, (getauxval(AT_HWCAP2) >> 13 & 1) != 0};
+}
+#endif
+#endif
 
 struct Isa {
   std::string name;
@@ -27,6 +58,11 @@ const std::vector<Isa>& isas() {
     list.push_back({"avx512vnni", avx512vnni::fill_kernels, avx512 && __builtin_cpu_supports("avx512vnni")});
     list.push_back({"avx512", ::hexad::avx512::fill_kernels, avx512});
     list.push_back({"avx2", ::hexad::avx2::fill_kernels, avx2});
+#endif
+#ifdef HEXAD_HAS_NEON
+    const ArmFeatures arm = arm_features();
+    list.push_back({"neoni8mm", neoni8mm::fill_kernels, arm.dot_product && arm.int8_matrix});
+    list.push_back({"neon", neon::fill_kernels, arm.dot_product});
 #endif
     list.push_back({"generic", generic::fill_kernels, true});
     return list;

@@ -89,5 +89,11 @@ void fill_kernels(Kernels& table);
 namespace avx512vnni {
 void fill_kernels(Kernels& table);
 }
+namespace neon {
+void fill_kernels(Kernels& table);
+}
+namespace neoni8mm {
+void fill_kernels(Kernels& table);
+}
 
 }  // namespace hexad

@@ -60,7 +60,7 @@ inline __attribute__((always_inline)) void quantised_block(const typename Codec:
         for (int h = 0; h < H; ++h) weights[h] = Codec::quad(block, g, c, first_half + h);
         HEXAD_UNROLL
         for (int t = 0; t < T; ++t) {
-          const Quads quad = splat_quad(q + (c * W + t) * 4);
+          const auto quad = splat_quad(q + (c * W + t) * 4);
           for (int h = 0; h < H; ++h) dots[h][t].add(j, weights[h], quad);
         }
       }

@@ -121,8 +121,8 @@ int64_t read(const void* data, int64_t bytes) {
 int64_t dot_rate(int64_t iterations, int64_t* sink) {
   using Chain = Dots<4, 8>;
   constexpr int kChains = Chain::kSlots * tile_halves(Chain::kSlots);
-  const int8_t bytes[16] = {1, -2, 3, -4, 5, -6, 7, -8, 9, -10, 11, -12, 13, -14, 15, -16};
-  const Quads codes = low_nibbles(splat_quad(bytes));
+  const int8_t bytes[64] = {1, -2, 3, -4, 5, -6, 7, -8, 9, -10, 11, -12, 13, -14, 15, -16};
+  const Quads codes = low_nibbles(load_quads(bytes));
   I32 acc[kChains];
   HEXAD_UNROLL
   for (int c = 0; c < kChains; ++c) acc[c] = splat_int(0);

@@ -17,15 +17,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 CMAKE = (ROOT / "CMakeLists.txt").read_text(encoding="utf-8")
-COMPILER = shutil.which("g++")
-NM = shutil.which("nm")
-
-pytestmark = [
-    pytest.mark.skipif(COMPILER is None or NM is None, reason="g++ and nm are needed"),
-    pytest.mark.skipif(
-        platform.machine() not in ("x86_64", "AMD64"), reason="ISAs above the generic one are x86-64's so far"
-    ),
-]
+MACHINE = {"AMD64": "x86_64", "arm64": "aarch64"}.get(platform.machine(), platform.machine())
 
 
 def isa_flags() -> dict[str, list[str]]:
@@ -34,14 +26,25 @@ def isa_flags() -> dict[str, list[str]]:
     return {name: [flag for flag in flags.split() if flag.startswith("-")] for name, flags in calls}
 
 
+def tools(isa: str) -> tuple[str, str]:
+    """g++ and nm for an ISA: this machine's own or a cross compiler; skips where there is none."""
+    machine = "aarch64" if any(flag.startswith("-march=armv8") for flag in isa_flags()[isa]) else "x86_64"
+    prefix = "" if machine == MACHINE else f"{machine}-linux-gnu-"
+    compiler, nm = shutil.which(f"{prefix}g++"), shutil.which(f"{prefix}nm")
+    if compiler is None or nm is None:
+        pytest.skip(f"{prefix}g++ and {prefix}nm are needed")
+    return compiler, nm
+
+
 def isa_sources() -> list[str]:
     (sources,) = re.findall(r"add_library\(isa_\$\{NAME\} OBJECT ([^)]*)\)", CMAKE)
     return sources.split()
 
 
 def test_what_is_checked() -> None:
-    assert {"generic", "avx512vnni"} <= isa_flags().keys()
+    assert {"generic", "avx512vnni", "neon", "neoni8mm"} <= isa_flags().keys()
     assert {"-O3", "-mavx512vnni"} <= set(isa_flags()["avx512vnni"])
+    assert {"-O3", "-march=armv8.2-a+dotprod"} <= set(isa_flags()["neon"])
     assert "-O2" in isa_flags()["generic"]
     assert "csrc/ops/linear.cpp" in isa_sources()
 
@@ -49,20 +52,19 @@ def test_what_is_checked() -> None:
 @pytest.mark.parametrize("isa", [name for name in isa_flags() if name != "generic"])
 @pytest.mark.parametrize("source", isa_sources(), ids=lambda source: Path(source).stem)
 def test_isa_objects_leak_nothing(source: str, isa: str, tmp_path: Path) -> None:
-    assert COMPILER is not None
-    assert NM is not None
+    compiler, nm = tools(isa)
     built = tmp_path / "object.o"
     subprocess.run(
         [
             # As CMake's Release build does: what stays a function of its own depends on inlining.
-            COMPILER, "-O3", "-DNDEBUG", *isa_flags()[isa],
+            compiler, "-O3", "-DNDEBUG", *isa_flags()[isa],
             "-std=c++20", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-w",
             f"-DHEXAD_NAMESPACE={isa}", f'-DHEXAD_ISA_HEADER="simd/{isa}.h"', f"-I{ROOT / 'csrc'}",
             "-c", str(ROOT / source), "-o", str(built),
         ],
         check=True, timeout=120,
     )  # fmt: skip
-    listing = subprocess.run([NM, "-C", str(built)], check=True, capture_output=True, text=True).stdout
+    listing = subprocess.run([nm, "-C", str(built)], check=True, capture_output=True, text=True).stdout
     symbols = [line.split(maxsplit=2) for line in listing.splitlines() if line[:1] != " "]
     # Capitals are global, v, w and u are weak or unique; small letters are local.
     seen = {name for _, kind, name in symbols if kind.isupper() or kind in "vwu"}
