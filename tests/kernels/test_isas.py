@@ -24,7 +24,7 @@ def test_avx_paths_agree(layout: str, compute: str) -> None:
     """All form their float sums in one order with the same fused multiply-adds, and integers are exact. So a
     saturated or lost product anywhere in one of them would show."""
     model = tiny_llama(
-        hidden=320, intermediate=352, heads=6, head_dim=48, vocab=200, context=512, attention_bias=True,
+        hidden=512, intermediate=768, heads=8, head_dim=64, vocab=200, context=512, attention_bias=True,
         format=FORMATS[layout],
     )  # fmt: skip
     rng = np.random.default_rng(0)
