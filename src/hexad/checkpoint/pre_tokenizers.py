@@ -39,7 +39,7 @@ _KIMI = [part.replace(r"\p{M}]", r"\p{M}&&[^\p{Han}]]") for part in _CASED]
 # Letters with a case, as DeepSeek's authors listed them: fewer than today's Unicode has.
 _CASED_LETTERS = re.sub(
     "[0-9A-F]+",
-    r"\\x{\g<0>}",
+    lambda code: chr(int(code[0], 16)),
     "41-5A 61-7A B5 C0-D6 D8-F6 F8-1BA 1BC-1BF 1C4-293 295-2AF 370-373 376 377 37B-37D 37F 386 388-38A "
     "38C 38E-3A1 3A3-3F5 3F7-481 48A-52F 531-556 10A0-10C5 13A0-13F5 13F8-13FD 1C90-1CBA 1CBD-1CBF "
     "1D00-1D2B 1D6B-1D77 1D79-1D9A 1E00-1F15 1F18-1F1D 1F20-1F45 1F48-1F4D 1F50-1F57 1F59 1F5B 1F5D "
