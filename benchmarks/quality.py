@@ -1,11 +1,11 @@
-"""What int8 arithmetic costs: KL divergence and top-1 agreement against float32 on three committed texts.
+"""What int8 arithmetic and a q8 KV cache cost: KL divergence and top-1 agreement with float32 on three texts.
 
     scripts/bench quality [MODEL] [--peer-python PYTHON]
 
 The reference backend (float32, dequantise-then-multiply) gives the distribution P over the next token at
-every position of tests/golden/texts/*.txt, cut into windows of 512 tokens. The CPU backend with its default
-settings gives Q from the same file and tokens, and so does llama.cpp, where --peer-python names an
-interpreter that has llama-cpp-python.
+every position of tests/golden/texts/*.txt, cut into windows of 512 tokens. The CPU backend gives Q from the
+same file and tokens, with its default settings and with a q8 KV cache in int8 and in float arithmetic; and so
+does llama.cpp, where --peer-python names an interpreter that has llama-cpp-python.
 
 - KL: mean of Σ P·ln(P/Q) over all positions, in nats;
 - top-1: share of the positions at which P and Q have the same most likely token.
@@ -98,7 +98,14 @@ def main() -> None:
     path = resolve(options.model)
     checkpoint = open_checkpoint(path)
     with ExitStack() as stack:
-        engines: dict[str, Logits] = {"hexad int8": WindowLogits(checkpoint, "cpu", CompileOptions(), WINDOW)}
+        settings = {
+            "hexad int8": CompileOptions(),
+            "hexad int8, q8 KV": CompileOptions(kv_dtype="q8"),
+            "hexad float, q8 KV": CompileOptions(compute="float", kv_dtype="q8"),
+        }
+        engines: dict[str, Logits] = {
+            name: WindowLogits(checkpoint, "cpu", compiled, WINDOW) for name, compiled in settings.items()
+        }
         if options.peer_python:
             peer = stack.enter_context(Worker(options.peer_python, "benchmarks.compare.llama_cpp_worker"))
             peer("load", model=str(path), threads=2)
@@ -111,8 +118,8 @@ def main() -> None:
     ]
     header = ["text", "engine", "tokens", "mean KL", "top-1"]
     print(table(header, rows))
-    settings = {"model": describe_model(path), "window": WINDOW, "compute": "int8", "kv_dtype": "f16"}
-    print(f"\nwritten to {write('quality', settings, [dict(zip(header, row, strict=True)) for row in rows])}")
+    facts = {"model": describe_model(path), "window": WINDOW}
+    print(f"\nwritten to {write('quality', facts, [dict(zip(header, row, strict=True)) for row in rows])}")
 
 
 class _PeerLogits:

@@ -32,9 +32,9 @@ struct Product {
   int64_t c_stride;
 };
 
-// R rows × H halves of b, the first of them `half`.
+// R rows × H halves of b, the first of them `half`. A function of its own, so that its loop has all registers.
 template <int R, int H, class T>
-inline __attribute__((always_inline)) void product_block(const Product<T>& p, int half) {
+__attribute__((noinline)) void product_block(const Product<T>& p, int half) {
   const float* a = p.a;
   const T* b = p.b + 16 * half;
   float* c = p.c + 16 * half;
@@ -42,12 +42,12 @@ inline __attribute__((always_inline)) void product_block(const Product<T>& p, in
   HEXAD_UNROLL
   for (int r = 0; r < R; ++r)
     for (int h = 0; h < H; ++h) sums[r][h] = p.resume ? load(c + r * p.c_stride + 16 * h) : splat(0);
-  for (int64_t i = 0; i < p.n; ++i, ++a, b += p.b_stride) {
+  for (int64_t i = 0; i < p.n; ++i, b += p.b_stride) {
     F32 numbers[H];
     for (int h = 0; h < H; ++h) numbers[h] = load_kv(b + 16 * h);
     HEXAD_UNROLL
     for (int r = 0; r < R; ++r) {
-      const F32 x = splat(a[r * p.a_stride]);
+      const F32 x = splat(a[r * p.a_stride + i]);
       for (int h = 0; h < H; ++h) sums[r][h] = fma(x, numbers[h], sums[r][h]);
     }
   }

@@ -1,7 +1,8 @@
 """Exactness: a sequence's logits and tokens are the same bits however the work is cut up.
 
 Whole or in chunks of 1, 7, 32 or 100 tokens, alone or among eight ragged others, on 1, 2 or 3 threads, in any
-KV blocks, in both arithmetics, on every ISA. No tolerance anywhere in this file.
+KV blocks of every type, in both arithmetics, with and without a window, on every ISA. No tolerance anywhere
+in this file.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from hexad.backends.backend import CompileOptions, Limits
 from hexad.backends.cpu import CpuBackend, CpuExecutable
 from hexad.backends.reference import rms_norm
 from hexad.checkpoint.open import open_checkpoint
-from hexad.config import BLOCK_TOKENS
+from hexad.config import BLOCK_TOKENS, EngineConfig, KVDtype
 from hexad.graph import Graph
 from hexad.graph.fuse import fuse
 from hexad.models import build_graph
@@ -76,11 +77,17 @@ class Runner:
     BLOCKS = 64
 
     def __init__(
-        self, graph: Graph, weights: Mapping[str, Weight], *, compute: Compute, threads: int, isa: str | None
+        self,
+        graph: Graph,
+        weights: Mapping[str, Weight],
+        *,
+        compute: Compute,
+        threads: int,
+        isa: str | None,
+        kv_dtype: KVDtype = "auto",
     ) -> None:
-        options = CompileOptions(
-            compute=compute, kv_dtype="f16" if compute == "int8" else "f32", threads=threads
-        )
+        resolved = EngineConfig(compute=compute, kv_dtype=kv_dtype).resolved_kv_dtype
+        options = CompileOptions(compute=compute, kv_dtype=resolved, threads=threads)
         limits = Limits(max_rows=1024, max_seqs=16, max_model_len=1024, kv_blocks=self.BLOCKS)
         self.executable: CpuExecutable = CpuBackend(isa).compile(fuse(graph), weights, options, limits)
         self.rng = np.random.default_rng(threads)
@@ -134,13 +141,29 @@ def prompts_for(vocab: int, length: int) -> tuple[list[int], list[list[int]]]:
     return prompt, others
 
 
+def windowed(model: TinyModel, window: int | None) -> Graph:
+    """The model with a window in its first layer."""
+    graph = Graph(model.weights)
+    for node in model.graph().nodes:
+        attrs = dict(node.attrs)
+        if attrs.get("layer") == 0:
+            attrs["window"] = window
+        graph.append(node.op, node.inputs, node.weights, **attrs)
+    return graph
+
+
 def check_schedules(
-    graph: Graph, weights: Mapping[str, Weight], compute: Compute, length: int, isa: str | None
+    graph: Graph,
+    weights: Mapping[str, Weight],
+    compute: Compute,
+    length: int,
+    isa: str | None,
+    kv_dtype: KVDtype = "auto",
 ) -> None:
     prompt, others = prompts_for(graph.vocab_size, length)
     expected: NDArray[np.float32] | None = None
     for threads in (1, 2, 3):
-        runner = Runner(graph, weights, compute=compute, threads=threads, isa=isa)
+        runner = Runner(graph, weights, compute=compute, threads=threads, isa=isa, kv_dtype=kv_dtype)
         whole = runner.alone(prompt, length)
         if expected is None:
             expected = whole
@@ -162,21 +185,37 @@ def test_tiny(tiny: TinyModel, compute: Compute, isa: str) -> None:
     check_schedules(tiny.graph(), tiny.weights, compute, 130, isa)
 
 
+@pytest.mark.parametrize("isa", _native.isas())
+def test_tiny_with_a_q8_cache_and_a_window(tiny: TinyModel, isa: str) -> None:
+    """A window of 41 keys in the first layer, none in the second."""
+    check_schedules(windowed(tiny, 41), tiny.weights, "int8", 130, isa, "q8")
+
+
+@pytest.mark.parametrize("window", [None, 41, 530])
+@pytest.mark.parametrize("kv_dtype", ["f32", "f16", "q8"])
 @pytest.mark.parametrize("compute", ["int8", "float"])
-def test_tiny_past_a_segment(tiny: TinyModel, compute: Compute) -> None:
+def test_tiny_past_a_segment(
+    tiny: TinyModel, compute: Compute, kv_dtype: KVDtype, window: int | None
+) -> None:
     """Contexts of more than 512 keys, which attention takes in two segments."""
     prompt, _ = prompts_for(200, 560)
-    runner = Runner(tiny.graph(), tiny.weights, compute=compute, threads=2, isa=None)
+    graph = windowed(tiny, window)
+    runner = Runner(graph, tiny.weights, compute=compute, threads=2, isa=None, kv_dtype=kv_dtype)
     whole = runner.alone(prompt, 560)
     for chunk in CHUNKS:
         assert np.array_equal(runner.alone(prompt, chunk), whole)
+    if window is not None:
+        free = Runner(tiny.graph(), tiny.weights, compute=compute, threads=2, isa=None, kv_dtype=kv_dtype)
+        differs = (free.alone(prompt, 560) != whole).any(axis=1)
+        assert not differs[:window].any()
+        assert differs[window + 1 :].all()
 
 
-@pytest.mark.parametrize("compute", ["int8", "float"])
-def test_smollm2(smollm2_path: Path, compute: Compute) -> None:
+@pytest.mark.parametrize(("compute", "kv_dtype"), [("int8", "auto"), ("float", "auto"), ("int8", "q8")])
+def test_smollm2(smollm2_path: Path, compute: Compute, kv_dtype: KVDtype) -> None:
     with open_checkpoint(smollm2_path) as checkpoint:
         graph = build_graph(checkpoint.config, checkpoint.weights)
-        check_schedules(graph, checkpoint.weights, compute, 107, None)
+        check_schedules(graph, checkpoint.weights, compute, 107, None, kv_dtype)
 
 
 # Through the front door: the scheduler cuts and mixes as it likes.
