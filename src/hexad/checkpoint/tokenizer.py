@@ -345,7 +345,8 @@ def supported_kind(metadata: Mapping[str, Any], source: Path) -> None:
 def tokenizer_from_gguf(metadata: Mapping[str, Any], source: Path) -> Tokenizer:
     """Builds the tokenizer that a GGUF file's metadata describes.
 
-    metadata: the file's key-value pairs; arrays are sequences, with a fast `tolist()` where they have one.
+    metadata: the file's key-value pairs; arrays are sequences, with a fast `tolist()` and their elements' type
+        as `kind` where they have them.
     source: the file, for the errors.
 
     Raises UnsupportedError (a kind of tokenizer other than byte-level BPE) and TokenizerError (malformed).
@@ -366,7 +367,7 @@ class _GGUFTokenizer:
             raise self._error("it has no tokenizer (tokenizer.ggml.model is missing)")
         if model != "gpt2":
             raise UnsupportedError(
-                f"{self.source}: its tokenizer is of kind {model!r}; hexad knows 'gpt2' (byte-level BPE)."
+                f"{self.source}: its tokenizer is of kind {model!r:.80}; hexad knows 'gpt2' (byte-level BPE)."
             )
 
     def build(self) -> Tokenizer:
@@ -401,13 +402,13 @@ class _GGUFTokenizer:
         if len(vocab) != len(tokens):
             first = next(i for i, token in enumerate(tokens) if vocab[token] != i)
             raise self._error(
-                f"token {tokens[first]!r} is in the vocabulary twice ({first}, {vocab[tokens[first]]})"
+                f"token {tokens[first]!r:.80} is in the vocabulary twice ({first}, {vocab[tokens[first]]})"
             )
         merges = []
         for i, merge in enumerate(self._array("merges", str)):
             left, space, right = merge.partition(" ")
             if not space:
-                raise self._error(f"merge {i} is {merge!r}, not two tokens with a space between them")
+                raise self._error(f"merge {i} is {merge!r:.80}, not two tokens with a space between them")
             merges.append((left, right))
         # Objects, not tokenizers' JSON: half the time for 49,000 tokens.
         try:
@@ -455,7 +456,9 @@ class _GGUFTokenizer:
         split = _SPLITS.get(pre or "")
         if split is None:
             known = (
-                "names no pre-tokenizer" if pre is None else f"has a pre-tokenizer unknown to hexad, {pre!r}"
+                "names no pre-tokenizer"
+                if pre is None
+                else f"has a pre-tokenizer unknown to hexad, {pre!r:.80}"
             )
             logger.warning(
                 "%s %s; taking GPT-2's. Answers may be worse than the model's best.", self.source, known
@@ -498,8 +501,11 @@ class _GGUFTokenizer:
         if len(value) > MAX_ELEMENTS or count not in (None, len(value)):  # before decoding it: it may be huge
             wanted = f"at most {MAX_ELEMENTS:,}" if count is None else f"{count:,}, one per token"
             raise self._error(f"{key} has {len(value):,} elements, not {wanted}")
-        elements: list[Any] = value.tolist() if hasattr(value, "tolist") else list(value)
-        if wrong := set(map(type, elements)) - {kind}:
+        elements: list[Any] = []
+        found = getattr(value, "kind", kind)
+        if found is kind:  # asked before decoding, which takes many times the bytes of small integers
+            elements = value.tolist() if hasattr(value, "tolist") else list(value)
+        if wrong := {found, *map(type, elements)} - {kind}:
             raise self._error(f"{key} holds {min(t.__name__ for t in wrong)}, not only {kind.__name__}")
         return elements
 
