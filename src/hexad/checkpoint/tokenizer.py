@@ -345,8 +345,8 @@ def supported_kind(metadata: Mapping[str, Any], source: Path) -> None:
 def tokenizer_from_gguf(metadata: Mapping[str, Any], source: Path) -> Tokenizer:
     """Builds the tokenizer that a GGUF file's metadata describes.
 
-    metadata: the file's key-value pairs; arrays are sequences, with a fast `tolist()` and their elements' type
-        as `kind` where they have them.
+    metadata: the file's key-value pairs; arrays are sequences, with a fast `tolist()` and their elements'
+        type as `kind` where they have them.
     source: the file, for the errors.
 
     Raises UnsupportedError (a kind of tokenizer other than byte-level BPE) and TokenizerError (malformed).
