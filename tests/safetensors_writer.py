@@ -1,7 +1,4 @@
-"""Writes safetensors bytes for tests, valid or broken in one chosen place. Independent of hexad's reader.
-
-The format: the header's length (u64), the header (JSON: dtype, shape and data_offsets by name), the data.
-"""
+"""Writes safetensors files, sound ones and any others."""
 
 from __future__ import annotations
 
@@ -12,38 +9,49 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "int64": "I64", "int32": "I32", "uint8": "U8"}
+DTYPES = {
+    "float32": "F32",
+    "float16": "F16",
+    "uint16": "BF16",
+    "float64": "F64",
+    "int64": "I64",
+    "uint8": "U8",
+}
+"""The dtype that an array is stored as; uint16 is taken for the bits of BF16."""
 
 
-def bfloat16(values: NDArray[np.float32]) -> bytes:
-    """The upper halves of float32 numbers, cut off."""
-    return (np.ascontiguousarray(values, "<f4").view("<u4") >> 16).astype("<u2").tobytes()
+def describe(tensors: Mapping[str, NDArray[Any]]) -> tuple[dict[str, Any], bytes]:
+    """The header's entries and the data of these arrays."""
+    entries, data = {}, b""
+    for name, array in tensors.items():
+        end = len(data) + array.nbytes
+        entries[name] = {
+            "dtype": DTYPES[array.dtype.name],
+            "shape": list(array.shape),
+            "data_offsets": [len(data), end],
+        }
+        data += array.tobytes()
+    return entries, data
 
 
-def write(
-    tensors: Mapping[str, NDArray[Any] | tuple[str, tuple[int, ...], bytes]],
-    metadata: Mapping[str, str] | None = None,
-    *,
-    header: bytes | None = None,
-    length: int | None = None,
-    changes: Mapping[str, Any] | None = None,
-) -> bytes:
-    """The file's bytes. tensors: arrays, or (dtype, shape, data).
+def assemble(header: Any, data: bytes, *, align: int = 8, pad: int = 0) -> bytes:
+    """A file of this header (JSON, if it is no bytes), padded with spaces to `align`, and `pad` more."""
+    raw = header if isinstance(header, bytes) else json.dumps(header).encode()
+    raw += b" " * (-len(raw) % align + pad)
+    return len(raw).to_bytes(8, "little") + raw + data
 
-    header: instead of the one that belongs to the tensors. length: that the file states for its header.
-    changes: entries of the header to replace or to add.
-    """
-    entries: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(metadata)}
-    data = b""
-    for name, tensor in tensors.items():
-        if isinstance(tensor, tuple):
-            dtype, shape, raw = tensor
-        else:
-            dtype, shape, raw = DTYPES[tensor.dtype.name], tensor.shape, tensor.tobytes()
-        offsets = [len(data), len(data) + len(raw)]
-        entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": offsets}
-        data += raw
-    if header is None:
-        header = json.dumps(entries | dict(changes or {}), separators=(",", ":")).encode()
-        header += b" " * (-len(header) % 8)
-    return (len(header) if length is None else length).to_bytes(8, "little") + header + data
+
+def write(tensors: Mapping[str, NDArray[Any]]) -> bytes:
+    """A file of these arrays."""
+    return assemble(*describe(tensors))
+
+
+def random_tensors(seed: int = 0) -> dict[str, NDArray[Any]]:
+    """One of each dtype that hexad reads, with every kind of number in it."""
+    rng = np.random.default_rng(seed)
+    odd = [0.0, -0.0, np.inf, -np.inf, np.nan, 1e-45, 6e-8, 65504.0]
+    return {
+        "a": np.concatenate([rng.standard_normal(24), odd]).astype("<f4").reshape(4, 8),
+        "b": np.concatenate([rng.standard_normal(25), odd]).astype("<f2").reshape(33),
+        "c": rng.integers(0, 2**16, (2, 3, 5)).astype("<u2"),
+    }

@@ -133,6 +133,8 @@ BREACHES = {
     "time": (lambda path: spend(0.2), "s of processor time; at most 0.1"),
     "memory": (lambda path: bytearray(b"x") * 120_000_000, "grew the resident set by 1"),
     "a long message": (lambda path: raised(CheckpointError(f"{path}: " + "x" * 3000)), "a message of 30"),
+    "a terminal's commands": (lambda path: raised(CheckpointError(f"{path}: \x1b[2J")), "a message that no"),
+    "a lone surrogate": (lambda path: raised(CheckpointError(f"{path}: \ud800")), "a message that no"),
     "a message without a file": (lambda path: raised(CheckpointError("broken")), "names no file: broken"),
 }
 
@@ -144,18 +146,16 @@ def raised(error):
 @pytest.mark.parametrize("breach", BREACHES)
 def test_every_breach_is_reported(tmp_path, monkeypatch, breach):
     action, reason = BREACHES[breach]
-    monkeypatch.setattr(worker, "open_checkpoint", action)
+    monkeypatch.setattr(worker.Exercise, "_open", lambda self: action(self.path))
     monkeypatch.setattr(worker, "SECONDS", 0.1 if breach == "time" else 60)
     if breach == "memory" and not Path("/proc/self/status").exists():
         pytest.skip("no /proc/self/status to read it from")
-    if breach not in ("a long message", "a message without a file"):
-        monkeypatch.setattr(worker.Exercise, "_open", lambda self: action(self.path))
     assert reason in worker.misfit(tmp_path, tmp_path, 100)
 
 
 def test_hexad_errors_are_no_breach(tmp_path, monkeypatch):
     for error in (CheckpointError(f"{tmp_path}: broken"), PromptError("too long")):
-        monkeypatch.setattr(worker, "open_checkpoint", lambda path, error=error: raised(error))
+        monkeypatch.setattr(worker.Exercise, "_open", lambda self, error=error: raised(error))
         assert worker.misfit(tmp_path, tmp_path, 100) is None
 
 

@@ -5,7 +5,8 @@ saved ones; "seconds" ends it early. Lines of JSON on stdout: {"at": index} befo
 "index": index} after one that broke a rule, {"done": count}. Without the last line this process was killed by
 the case begun last.
 
-The rules: a case may succeed or raise HexadErrors, which name the file and are of sane length; it takes at
+The rules: a case may succeed or raise HexadErrors, which name the file, can be printed and are
+of sane length; it takes at
 most SECONDS of processor time, and grows the resident set by at most 10 × its size + 50 MB.
 """
 
@@ -14,6 +15,7 @@ from __future__ import annotations
 import faulthandler
 import gc
 import json
+import re
 import resource
 import sys
 import time
@@ -41,6 +43,9 @@ HANG_SECONDS = 30.0
 GROWTH_FACTOR, GROWTH_BYTES = 10, 50e6
 ADDRESS_SPACE = 8 << 30
 MESSAGE_LENGTH = 2000
+
+_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
+"""Control characters, which steer terminals, and what UTF-8 has no bytes for."""
 
 _TEXT = "hello world! <s>Löffel 🥄</s> \0\t  "
 _MESSAGES = [{"role": "user", "content": "hello"}]
@@ -126,6 +131,8 @@ def misfit(path: Path, folder: Path, size: int) -> str | None:
     for error in errors:
         if len(str(error)) > MESSAGE_LENGTH:
             return f"a message of {len(str(error))} characters: {str(error)[:300]} …"
+        if _UNPRINTABLE.search(str(error)):
+            return f"a message that no terminal should see: {error!r:.300}"
         if isinstance(error, CheckpointError) and str(folder) not in str(error):
             return f"{type(error).__name__} names no file: {error}"
     return None
