@@ -35,6 +35,10 @@ MAX_LENGTH = 1 << 20
 """By how much a text (in characters) or list (in characters and items) may outgrow what a template is given:
 messages, tools and variables."""
 
+MAX_TEMPLATE = 1 << 16
+"""Longest template, in characters: several times those of real models. Jinja takes a second or two to compile
+as much."""
+
 MAX_SECONDS = 5.0
 """Longest that one rendering may take. Honest ones take about a millisecond."""
 
@@ -155,6 +159,11 @@ class ChatTemplate:
 
     @cached_property
     def _compiled(self) -> jinja2.Template:
+        if len(self.text) > MAX_TEMPLATE:
+            raise TokenizerError(
+                f"{self._source}: the chat template has {len(self.text):,} characters; at most "
+                f"{MAX_TEMPLATE:,} are read. Use a plain prompt (--raw) instead."
+            )
         environment = self._environment()
         try:
             return environment.from_string(self.text)

@@ -93,6 +93,7 @@ class GGUFFile:
 class LazyArray(Sequence[Any]):
     """An array value: a place in the mapped file, decoded when read.
 
+    kind: what its elements are decoded into. Look first: small integers take 48 times their bytes.
     `tolist()` decodes all of it in one pass, into int, float, bool, str or, for nested arrays, LazyArray.
     Raises CheckpointError for a string that is not UTF-8, or when the file is closed.
     """
@@ -100,6 +101,14 @@ class LazyArray(Sequence[Any]):
     def __init__(self, reader: _Reader, key: str, element_type: int, count: int, start: int) -> None:
         self._reader, self._key = reader, key
         self._type, self._count, self._start = element_type, count, start
+
+    @property
+    def kind(self) -> type[Any]:
+        """int, float, bool, str or LazyArray."""
+        dtype = _SCALARS.get(self._type)
+        if dtype is None:
+            return str if self._type == _STRING else LazyArray
+        return bool if self._type == _BOOL else float if dtype.kind == "f" else int
 
     def __len__(self) -> int:
         return self._count
