@@ -61,7 +61,8 @@ def supported_kind(metadata: Mapping[str, Any], source: Path) -> None:
 def tokenizer_from_gguf(metadata: Mapping[str, Any], source: Path) -> Tokenizer:
     """Builds the tokenizer that a GGUF file's metadata describes.
 
-    metadata: the file's key-value pairs; arrays are sequences, with a fast `tolist()` where they have one.
+    metadata: the file's key-value pairs; arrays are sequences, with a fast `tolist()` and their elements'
+        type as `kind` where they have them.
     source: the file, for the errors.
 
     Raises UnsupportedError (a kind of tokenizer that is not one of KINDS) and TokenizerError (malformed).
@@ -82,7 +83,9 @@ class _GGUFTokenizer:
             raise self._error("it has no tokenizer (tokenizer.ggml.model is missing)")
         if kind not in KINDS:
             known = ", ".join(f"{name!r} ({meaning})" for name, meaning in KINDS.items())
-            raise UnsupportedError(f"{self.source}: its tokenizer is of kind {kind!r}; hexad knows {known}.")
+            raise UnsupportedError(
+                f"{self.source}: its tokenizer is of kind {kind!r:.80}; hexad knows {known}."
+            )
         return kind
 
     def build(self) -> Tokenizer:
@@ -149,7 +152,7 @@ class _GGUFTokenizer:
             for token, kind in zip(tokens, types, strict=True)
             if kind == BYTE and not BYTE_TOKEN.fullmatch(token)
         ]:
-            raise self._error(f"byte token {wrong[0]!r} is not written <0x00> to <0xFF>")
+            raise self._error(f"byte token {wrong[0]!r:.80} is not written <0x00> to <0xFF>")
         if unknown is None:
             unknown = next((i for i, kind in enumerate(types) if kind == UNKNOWN), None)
         encoder = self._bpe(
@@ -178,7 +181,7 @@ class _GGUFTokenizer:
         if len(vocab) != len(tokens):
             first = next(i for i, token in enumerate(tokens) if vocab[token] != i)
             raise self._error(
-                f"token {tokens[first]!r} is in the vocabulary twice ({first}, {vocab[tokens[first]]})"
+                f"token {tokens[first]!r:.80} is in the vocabulary twice ({first}, {vocab[tokens[first]]})"
             )
         # Objects, not tokenizers' JSON: half the time for 49,000 tokens.
         try:
@@ -204,7 +207,7 @@ class _GGUFTokenizer:
         for i, merge in enumerate(self._array("merges", (str,))):
             left, space, right = merge.partition(" ")
             if not space:
-                raise self._error(f"merge {i} is {merge!r}, not two tokens with a space between them")
+                raise self._error(f"merge {i} is {merge!r:.80}, not two tokens with a space between them")
             merges.append((left, right))
         return merges
 
@@ -253,7 +256,9 @@ class _GGUFTokenizer:
         split = SPLITS.get(pre or "")
         if split is None:
             known = (
-                "names no pre-tokenizer" if pre is None else f"has a pre-tokenizer unknown to hexad, {pre!r}"
+                "names no pre-tokenizer"
+                if pre is None
+                else f"has a pre-tokenizer unknown to hexad, {pre!r:.80}"
             )
             logger.warning(
                 "%s %s; taking GPT-2's. Answers may be worse than the model's best.", self.source, known
@@ -310,8 +315,11 @@ class _GGUFTokenizer:
         if len(value) > MAX_ELEMENTS or count not in (None, len(value)):  # before decoding it: it may be huge
             wanted = f"at most {MAX_ELEMENTS:,}" if count is None else f"{count:,}, one per token"
             raise self._error(f"{key} has {len(value):,} elements, not {wanted}")
-        elements: list[Any] = value.tolist() if hasattr(value, "tolist") else list(value)
-        if wrong := set(map(type, elements)).difference(kinds):
+        elements: list[Any] = []
+        found = getattr(value, "kind", kinds[0])
+        if found in kinds:  # asked before decoding, which takes many times the bytes of small integers
+            elements = value.tolist() if hasattr(value, "tolist") else list(value)
+        if wrong := {found, *map(type, elements)}.difference(kinds):
             raise self._error(f"{key} holds {min(t.__name__ for t in wrong)}, not only {kinds[0].__name__}")
         return elements
 
