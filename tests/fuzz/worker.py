@@ -30,7 +30,7 @@ from tests.fuzz.case import Case, make, opened, valid
 
 from hexad.checkpoint import open_checkpoint
 from hexad.checkpoint.gguf import GGUFFile, LazyArray
-from hexad.checkpoint.tokenizer import tokenizer_from_gguf
+from hexad.checkpoint.gguf_tokenizer import tokenizer_from_gguf
 from hexad.errors import CheckpointError, HexadError
 from hexad.models import build_graph
 

@@ -163,7 +163,7 @@ def test_an_index_leads_nowhere_else(tmp_path: Path, name: Any) -> None:
         ('{"weight_map": {"a": "x.safetensors", "a": "y.safetensors"}}', "'a' twice"),
         ('{"weight_map": ', "not JSON"),
         ("", "empty"),
-        ('{"weight_map": {"a": "absent.safetensors"}}', "there is no absent.safetensors beside it"),
+        ('{"weight_map": {"a": "absent.safetensors"}}', "there is no 'absent.safetensors' beside it"),
         ("[" * 100_000, "nested too deeply"),
     ],
 )
@@ -188,7 +188,7 @@ def test_shards_that_do_not_belong_together_are_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"is also in model-00001-of-00002.safetensors"):
         open_checkpoint(tmp_path)
     second.unlink()
-    with pytest.raises(CheckpointError, match=r"there is no model-00002-of-00002.safetensors beside it"):
+    with pytest.raises(CheckpointError, match=r"there is no 'model-00002-of-00002.safetensors' beside it"):
         open_checkpoint(tmp_path)
 
 

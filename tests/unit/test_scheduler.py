@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import pickle
 import random
 import sys
@@ -274,12 +275,15 @@ def lines_run(engine: Engine, steps: int) -> int:
         return trace
 
     before = sys.gettrace()
+    gc.collect()  # what other tests left behind may run lines of its own when it goes
+    gc.disable()
     sys.settrace(trace)
     try:
         for _ in range(steps):
             engine.step()
     finally:
         sys.settrace(before)
+        gc.enable()
     return count
 
 

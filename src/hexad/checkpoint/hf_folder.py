@@ -44,7 +44,7 @@ def weight_files(folder: Path) -> list[Path]:
     names = shards_of(index)
     for name in names:
         if not (folder / name).is_file():
-            raise CheckpointError(f"{index}: there is no {name} beside it; fetch the model again")
+            raise CheckpointError(f"{index}: there is no {shown(name)} beside it; fetch the model again")
     return [folder / name for name in names]
 
 
