@@ -284,7 +284,7 @@ def _short(name: str) -> str:
 
 
 def _ranges(numbers: Sequence[int]) -> str:
-    """[0, 1, 2, 5] → "0–2, 5"."""
+    """[0, 1, 2, 5] → "0–2, 5"; many are shortened: "0, 2, …, 14"."""
     text: list[str] = []
     start = previous = numbers[0]
     for number in [*numbers[1:], -1]:
@@ -292,7 +292,7 @@ def _ranges(numbers: Sequence[int]) -> str:
             text.append(str(start) if start == previous else f"{start}–{previous}")
             start = number
         previous = number
-    return ", ".join(text)
+    return ", ".join(text if len(text) <= 4 else [*text[:2], "…", text[-1]])
 
 
 def _pairs(*pairs: tuple[str, str]) -> Table:
