@@ -8,6 +8,7 @@
 //   kHasMinimum      whether minimum() adds something
 //   scale, minimum   of one part of group g of the block
 //   order(i)         the i-th quad to be read of a group, parts in turn: loads are shared by neighbours
+//   kPacked          whether it comes from memory, a block after the other
 //   quad(b, g, c, h) columns 4c … 4c + 3 of group g: a code per byte
 // Of a dense one: weight(b, h), one column per block.
 #pragma once
@@ -83,6 +84,7 @@ template <class Packed, class Codes, int kZeroPoint, bool kMinimum>
 struct HalfScales {
   using Block = Packed;
   static constexpr int kGroups = 1, kParts = 1, kBits = Codes::kBits, kZero = kZeroPoint;
+  static constexpr bool kPacked = true;
   static constexpr bool kHasMinimum = kMinimum;
   static F32 scale(const Block& b, int, int, int half) { return load_f16(b.d + 16 * half); }
   static F32 minimum(const Block& b, int, int, int half) {
@@ -106,6 +108,7 @@ template <class Packed, class Codes>
 struct SuperBlock {
   using Block = Packed;
   static constexpr int kGroups = kSuperGroups, kBits = Codes::kBits;
+  static constexpr bool kPacked = true;
   static constexpr int order(int i) { return Codes::order(i); }
   static Quads quad(const Block& b, int g, int c, int half) { return Codes::code(b.groups[g], c, half); }
 };
@@ -174,6 +177,7 @@ struct StripGroup {
 template <class Packed>
 struct Strip {
   static constexpr int kGroups = 1, kParts = Packed::kParts, kBits = Packed::kBits, kZero = Packed::kZero;
+  static constexpr bool kPacked = false;
   static constexpr bool kHasMinimum = Packed::kHasMinimum;
   using Block = StripGroup<kParts>;
   static F32 scale(const Block& b, int, int part, int half) { return load(b.d[part] + 16 * half); }

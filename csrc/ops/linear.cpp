@@ -10,6 +10,10 @@ namespace {
 
 constexpr int64_t kStripGroups = kStripColumns / kGroup;
 
+// How far ahead of its use a panel is asked for, in bytes. Hardware stops looking ahead at the end of each page of
+// 4 KiB, which a panel is past after a few groups.
+constexpr int64_t kAhead = 4096;
+
 template <class Codec>
 using DotsOf = Dots<Codec::kBits, 8 / Codec::kParts>;
 
@@ -31,6 +35,12 @@ inline __attribute__((always_inline)) void quantised_block(const typename Codec:
     const int64_t group = index ? index[i] : i;
     const typename Codec::Block& block = panel[group / Codec::kGroups];
     const int g = static_cast<int>(group % Codec::kGroups);
+    if (Codec::kPacked && index == nullptr) {
+      constexpr int64_t kBytes = sizeof(typename Codec::Block) / Codec::kGroups;
+      const char* ahead = reinterpret_cast<const char*>(panel) + i * kBytes + kAhead;
+      HEXAD_UNROLL
+      for (int64_t line = 0; line < kBytes; line += 64) __builtin_prefetch(ahead + line);
+    }
     const int8_t* q = reinterpret_cast<const int8_t*>(x) + 4 * first_slot;
     const float* d = reinterpret_cast<const float*>(x + W * kGroup) + first_slot;
     const float* s = d + W;
@@ -151,6 +161,7 @@ inline __attribute__((always_inline)) void dense_block(const typename Codec::Blo
       sums[h][t] = resume ? load(out + t * kPanelRows + 16 * (first_half + h)) : splat(0);
   for (int64_t k = 0; k < columns; ++k, ++column, x += W) {
     F32 weights[H];
+    __builtin_prefetch(reinterpret_cast<const char*>(column) + kAhead);
     for (int h = 0; h < H; ++h) weights[h] = Codec::weight(*column, first_half + h);
     HEXAD_UNROLL
     for (int t = 0; t < T; ++t) {
