@@ -246,11 +246,11 @@ def mutated_folder(random: Random) -> Case:
 
 def _changed_header(random: Random, header: bytes) -> bytes:
     """A header with one or two fields of its entries set to something else."""
-    entries = json.loads(header)
+    entries, original = json.loads(header), json.loads(header)
     names = [name for name in entries if name != "__metadata__"]
     for _ in range(random.choice((1, 1, 2))):
-        entry = entries[random.choice(names)]
-        offsets = entry["data_offsets"]
+        name = random.choice(names)
+        entry, shape, offsets = entries[name], original[name]["shape"], original[name]["data_offsets"]
         match random.randrange(6):
             case 0:
                 entry["dtype"] = random.choice(
@@ -268,8 +268,8 @@ def _changed_header(random: Random, header: bytes) -> bytes:
                         [2**64 - 1, 2],
                         [1.0],
                         [True],
-                        entry["shape"][::-1],
-                        [*entry["shape"], 1],
+                        shape[::-1],
+                        [*shape, 1],
                         [1] * 300,
                         ["1"],
                         None,
@@ -282,7 +282,7 @@ def _changed_header(random: Random, header: bytes) -> bytes:
                 )
                 entry["data_offsets"] = [value if i == place else offset for i, offset in enumerate(offsets)]
             case 3:
-                entry["data_offsets"] = entries[random.choice(names)]["data_offsets"]
+                entry["data_offsets"] = original[random.choice(names)]["data_offsets"]
             case 4:
                 entry["data_offsets"] = random.choice(
                     (offsets[::-1], [], offsets + offsets, None, any_json(random))

@@ -206,7 +206,7 @@ def _change(random: Random, root: Any, holder: Any, key: Any) -> None:
                 holder[key] = copied
         case 2 if isinstance(holder, dict):
             holder[str(any_json(random, 2))] = holder.pop(key)
-        case 3 if type(holder[key]) in (int, float) and math.isfinite(holder[key]):
+        case 3 if type(holder[key]) is int or (type(holder[key]) is float and math.isfinite(holder[key])):
             holder[key] = random.choice(
                 (holder[key] + 1, holder[key] - 1, -holder[key], holder[key] * 2, str(holder[key]))
             )

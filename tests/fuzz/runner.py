@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -61,6 +62,7 @@ def _work(job: dict[str, Any]) -> tuple[int, list[Finding]]:
             subprocess.Popen(
                 [sys.executable, "-m", WORKER, json.dumps(job)],
                 cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=stderr, text=True,
+                env={**os.environ, "RUST_BACKTRACE": "0"},  # to resolve its symbols takes memory
             ) as worker,
         ):  # fmt: skip
             assert worker.stdout is not None

@@ -5,6 +5,7 @@ A longer run: scripts/fuzz. What must hold, and how it is measured: tests/fuzz/w
 
 from __future__ import annotations
 
+import os
 import struct
 from pathlib import Path
 
@@ -169,7 +170,7 @@ def test_a_case_that_kills_or_hangs_is_named_and_the_others_run(tmp_path, monkey
         "worker.main()\n"
     )
     monkeypatch.setattr(runner, "WORKER", "sick_worker")
-    monkeypatch.setenv("PYTHONPATH", f"{runner.ROOT}:{tmp_path}")
+    monkeypatch.setenv("PYTHONPATH", f"{runner.ROOT}:{tmp_path}", prepend=os.pathsep)
     paths = [tmp_path / name for name in ("good", "dies", "hangs", "good")]
     for path in paths:
         path.touch()
