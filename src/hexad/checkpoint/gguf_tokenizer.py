@@ -83,9 +83,7 @@ class _GGUFTokenizer:
             raise self._error("it has no tokenizer (tokenizer.ggml.model is missing)")
         if kind not in KINDS:
             known = ", ".join(f"{name!r} ({meaning})" for name, meaning in KINDS.items())
-            raise UnsupportedError(
-                f"{self.source}: its tokenizer is of kind {kind!r:.80}; hexad knows {known}."
-            )
+            raise UnsupportedError(f"{self.source}: its tokenizer is of kind {kind!r:.80}; hexad knows {known}.")
         return kind
 
     def build(self) -> Tokenizer:
@@ -189,7 +187,7 @@ class _GGUFTokenizer:
         except BaseException as error:  # the library raises plain Exception for a merge of unknown tokens
             if not from_library(error):
                 raise
-            raise self._error(f"the merges do not fit the vocabulary: {error}") from error
+            raise self._error(f"the merges do not fit the vocabulary: {error!s:.200}") from error
 
     def _add_tokens(self, encoder: tokenizers.Tokenizer, tokens: list[str], types: list[int]) -> None:
         import tokenizers
@@ -256,9 +254,7 @@ class _GGUFTokenizer:
         split = SPLITS.get(pre or "")
         if split is None:
             known = (
-                "names no pre-tokenizer"
-                if pre is None
-                else f"has a pre-tokenizer unknown to hexad, {pre!r:.80}"
+                "names no pre-tokenizer" if pre is None else f"has a pre-tokenizer unknown to hexad, {pre!r:.80}"
             )
             logger.warning(
                 "%s %s; taking GPT-2's. Answers may be worse than the model's best.", self.source, known

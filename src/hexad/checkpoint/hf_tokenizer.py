@@ -126,13 +126,13 @@ class _FolderTokenizer:
         except BaseException as error:
             if not from_library(error):
                 raise
-            raise self._error(f"it is no tokenizer that the tokenizers library knows: {error}") from error
+            raise self._error(f"it is no tokenizer that the tokenizers library knows: {error!s:.300}") from error
         model = encoder.model
         if isinstance(model, models.BPE):
             if model.end_of_word_suffix or model.continuing_subword_prefix:
                 raise self._unsupported("its BPE marks the ends or the insides of words")
             if model.unk_token is not None and model.token_to_id(model.unk_token) is None:
-                raise self._error(f"its unk_token {model.unk_token!r} is not in its vocabulary")
+                raise self._error(f"its unk_token {model.unk_token!r:.80} is not in its vocabulary")
             model.dropout = None  # it is for training: a text has one encoding here
         elif isinstance(model, models.Unigram):
             if hasattr(model, "alpha"):  # tokenizers 0.21 has none
@@ -178,7 +178,7 @@ class _FolderTokenizer:
         for i, token in more.items():
             if (found := encoder.token_to_id(token.content)) != i:
                 raise self._error(
-                    f"token {token.content!r} gets the id {found}; tokenizer_config.json says {i}"
+                    f"token {token.content!r:.80} gets the id {found}; tokenizer_config.json says {i}"
                 )
         named = [self.settings.get(name) for name in _SPECIAL]
         for name in ("additional_special_tokens", "extra_special_tokens"):
