@@ -5,6 +5,7 @@ A longer run: scripts/fuzz. What must hold, and how it is measured: tests/fuzz/w
 
 from __future__ import annotations
 
+import json
 import os
 import struct
 from pathlib import Path
@@ -13,9 +14,9 @@ import pytest
 from tests.fuzz import runner, worker
 from tests.fuzz.case import KINDS, Case, make, valid
 from tests.fuzz.gguf_cases import layout, one_gguf
-from tests.fuzz.make_corpus import array, tokenizer
+from tests.fuzz.make_corpus import array, spm, tokenizer
 from tests.fuzz.runner import fuzz, replay
-from tests.gguf_writer import ARRAY, I8, STRING, U8, Tensor, Typed, write, write_parts
+from tests.gguf_writer import ARRAY, F32, I8, STRING, U8, Tensor, Typed, write, write_parts
 
 from hexad.errors import CheckpointError, PromptError
 
@@ -35,6 +36,27 @@ def test_corpus_breaks_no_rule(kind):
     cases = sorted((CORPUS / kind).iterdir())
     assert len(cases) > 20
     assert replay(cases) == []
+
+
+REPLACE = {"type": "Replace", "pattern": {"String": "l"}, "content": "l" * 10}
+
+
+def spm_pieces(tokens):
+    """A SentencePiece vocabulary of these tokens, all of one score."""
+    return spm(
+        ggml__tokens=tokens,
+        ggml__scores=array(F32, len(tokens), bytes(4 * len(tokens))),
+        ggml__token_type=array(I8, len(tokens), b"\1" * len(tokens)),
+    )
+
+
+def folder(model=None, **changes):
+    """A folder that opens, but for these changes to its tokenizer.json."""
+    files = valid("folder")[0].files
+    changed = json.loads(files["tokenizer.json"]) | changes
+    for key, value in (model or {}).items():
+        changed["model"][key] |= value
+    return Case(files | {"tokenizer.json": json.dumps(changed).encode()})
 
 
 EMPTY_ARRAY = struct.pack("<IQ", U8, 0)
@@ -69,6 +91,20 @@ LARGE = {
         files := write_parts({"general.architecture": "llama"}, [], [0] * 1000), min(files)
     ),
 }
+LARGE |= {
+    "pieces made of each other": spm_pieces([letter * i for letter in "abcdefgh" for i in range(1, 513)]),
+    "id of 4 million": folder(model={"vocab": {"zz": 2**22 - 2}}),
+    "normalizer that multiplies": folder(
+        normalizer={
+            "type": "Sequence",
+            "normalizers": [REPLACE, {"type": "Sequence", "normalizers": [REPLACE] * 11}],
+        }
+    ),
+    "normalizer that prepends megabytes": folder(normalizer={"type": "Prepend", "prepend": "x" * 5_000_000}),
+    "settings of small objects": Case(
+        folder().files | {"tokenizer_config.json": b'{"a":[' + b'{"":0},' * 900_000 + b"1]}"}
+    ),
+}
 """Where a few bytes of a file could become many of memory, or much time."""
 
 
@@ -87,7 +123,7 @@ def test_valid_files_are_read_to_the_end(tmp_path):
     """Mutations begin from models that open, with a tokenizer and a chat template that work."""
     whole = [case for case in valid("gguf") if b"tokenizer.ggml.tokens" in case.files[case.opened]]
     assert len(whole) == 6
-    for case in whole[:3]:
+    for case in [*whole, *valid("folder")]:
         assert worker.Exercise(case.save(tmp_path / "case")).errors == []
 
 

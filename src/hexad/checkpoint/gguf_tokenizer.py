@@ -50,6 +50,11 @@ MAX_PIECE = 512
 """Most characters in a token that merges are to be found for, which takes the square of it."""
 
 
+MERGES_PER_TOKEN, SOME_MERGES = 8, 1 << 14
+"""Most merges that are found for a vocabulary's tokens, on the average, and besides. Real ones have about 2,
+but a token of n characters can have n - 1."""
+
+
 def supported_kind(metadata: Mapping[str, Any], source: Path) -> None:
     """Raises what `tokenizer_from_gguf` would for a kind of tokenizer that hexad does not know, or for none.
 
@@ -83,7 +88,9 @@ class _GGUFTokenizer:
             raise self._error("it has no tokenizer (tokenizer.ggml.model is missing)")
         if kind not in KINDS:
             known = ", ".join(f"{name!r} ({meaning})" for name, meaning in KINDS.items())
-            raise UnsupportedError(f"{self.source}: its tokenizer is of kind {kind!r:.80}; hexad knows {known}.")
+            raise UnsupportedError(
+                f"{self.source}: its tokenizer is of kind {kind!r:.80}; hexad knows {known}."
+            )
         return kind
 
     def build(self) -> Tokenizer:
@@ -216,15 +223,19 @@ class _GGUFTokenizer:
         if any(score != score for score in scores):
             raise self._error("tokenizer.ggml.scores has a score that is not a number")
         normal = [kind == NORMAL for kind in types]
-        words = set(compress(tokens, normal))
+        words = {token: token for token in compress(tokens, normal)}  # for merges to share their strings
+        limit = SOME_MERGES + MERGES_PER_TOKEN * len(tokens)
         merges: list[tuple[str, str]] = []
         for i in sorted(compress(range(len(tokens)), normal), key=lambda i: -scores[i]):
             token = tokens[i]
             if len(token) > MAX_PIECE:
                 raise self._error(f"token {i} has {len(token):,} characters; at most {MAX_PIECE} are merged")
             for cut in range(len(token) - 1, 0, -1):
-                if (left := token[:cut]) in words and (right := token[cut:]) in words:
+                left, right = words.get(token[:cut]), words.get(token[cut:])
+                if left is not None and right is not None:
                     merges.append((left, right))
+            if len(merges) > limit:
+                raise self._error(f"its {len(tokens):,} tokens have more than {limit:,} merges")
         return merges
 
     def _tokens(self) -> list[str]:
@@ -254,7 +265,9 @@ class _GGUFTokenizer:
         split = SPLITS.get(pre or "")
         if split is None:
             known = (
-                "names no pre-tokenizer" if pre is None else f"has a pre-tokenizer unknown to hexad, {pre!r:.80}"
+                "names no pre-tokenizer"
+                if pre is None
+                else f"has a pre-tokenizer unknown to hexad, {pre!r:.80}"
             )
             logger.warning(
                 "%s %s; taking GPT-2's. Answers may be worse than the model's best.", self.source, known

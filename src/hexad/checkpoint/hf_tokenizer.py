@@ -8,11 +8,14 @@ generation.
 from __future__ import annotations
 
 import json
+import math
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hexad.checkpoint.chat_template import ChatTemplate
+from hexad.checkpoint.files import parse_json
 from hexad.checkpoint.tokenizer import (
     BYTE,
     BYTE_TOKEN,
@@ -28,7 +31,7 @@ from hexad.checkpoint.tokenizer import (
     surround,
 )
 from hexad.checks import shown
-from hexad.errors import TokenizerError, UnsupportedError
+from hexad.errors import CheckpointError, TokenizerError, UnsupportedError
 
 if TYPE_CHECKING:
     import tokenizers
@@ -42,7 +45,16 @@ MAX_SETTINGS_BYTES = 1 << 24
 MAX_TOKENS = 1 << 22
 """Ids of tokens are below this, so that a table of them has a bound."""
 
+MAX_GAPS = 1 << 16
+"""Ids that no token has may be as many as the tokens, and this many more."""
+
+MAX_EXPANSION = 1 << 10
+"""By how much a normalizer may lengthen a text, at most, as the contents of its replacements multiply."""
+
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_SURROGATE = re.compile("[\ud800-\udfff]")
+"""Half a character, which JSON can escape and UTF-8 has no bytes for."""
+
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 
@@ -87,6 +99,8 @@ class _FolderTokenizer:
         size = 1 + max(vocab.values(), default=-1)
         if not 0 < size <= MAX_TOKENS:
             raise self._error(f"it has ids of tokens up to {size - 1:,}, not from 0 to {MAX_TOKENS - 1:,}")
+        if size > 2 * len(vocab) + MAX_GAPS:  # the table of them would be many times the file
+            raise self._error(f"it has {len(vocab):,} tokens, but ids up to {size - 1:,}")
         tokens, types = [""] * size, [NORMAL] * size
         for token, i in vocab.items():
             tokens[i] = token
@@ -126,7 +140,9 @@ class _FolderTokenizer:
         except BaseException as error:
             if not from_library(error):
                 raise
-            raise self._error(f"it is no tokenizer that the tokenizers library knows: {error!s:.300}") from error
+            raise self._error(
+                f"it is no tokenizer that the tokenizers library knows: {error!s:.300}"
+            ) from error
         model = encoder.model
         if isinstance(model, models.BPE):
             if model.end_of_word_suffix or model.continuing_subword_prefix:
@@ -139,6 +155,12 @@ class _FolderTokenizer:
                 model.alpha = model.nbest_size = None
         else:
             raise self._unsupported(f"its model is {type(model).__name__}")
+        expansion = math.prod(
+            max(1, len(part.get("content") or part.get("prepend") or ""))
+            for part in _parts(encoder.normalizer)
+        )
+        if expansion > MAX_EXPANSION:
+            raise self._unsupported(f"its normalizer can make a text {expansion:.3g} times as long")
         encoder.no_truncation()
         encoder.no_padding()
         return encoder
@@ -230,7 +252,7 @@ class _FolderTokenizer:
     def _content(self, name: str, value: Any) -> str | None:
         """The text of a token, given as such or in a mapping."""
         content = value.get("content") if isinstance(value, dict) else value
-        if content is None or isinstance(content, str):
+        if content is None or (isinstance(content, str) and not _SURROGATE.search(content)):
             return content
         raise self._wrong(name, value)
 
@@ -240,12 +262,11 @@ class _FolderTokenizer:
         if not path.is_file():
             return {}
         try:
-            value = json.loads(self._read(path, MAX_SETTINGS_BYTES))
-        except (ValueError, RecursionError) as error:
-            raise TokenizerError(f"{path}: it is not JSON: {error}.") from error
-        if not isinstance(value, dict):
-            raise TokenizerError(f"{path}: it holds a JSON {type(value).__name__}, not an object.")
-        return value
+            return parse_json(self._read(path, MAX_SETTINGS_BYTES), path, "it")
+        except TokenizerError:
+            raise
+        except CheckpointError as error:
+            raise TokenizerError(f"{error}.") from error
 
     def _read(self, path: Path, limit: int) -> bytes:
         try:
@@ -277,6 +298,6 @@ def _parts(component: Any) -> Iterator[dict[str, Any]]:
         while rest:
             part = rest.pop(0)
             if part["type"] == "Sequence":
-                rest = [*part["decoders"], *rest]
+                rest = [*(part.get("decoders") or part.get("normalizers") or []), *rest]
             else:
                 yield part
