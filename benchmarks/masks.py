@@ -19,11 +19,11 @@ import numpy as np
 import tokenizers
 from numpy.typing import NDArray
 from tests.schemas import schemas
-from tests.vocabularies import merges_of, tiktoken_ranks
+from tests.vocabularies import byte_level_bpe, tiktoken_ranks
 from tokenizers import models, pre_tokenizers
 
 from benchmarks.report import table, write
-from hexad.checkpoint.tokenizer import CONTROL, NORMAL, Tokenizer, byte_alphabet
+from hexad.checkpoint.tokenizer import CONTROL, NORMAL, Tokenizer
 from hexad.params import StructuredOutputsParams
 from hexad.runner.grammar import Grammar, GrammarCompiler, MaskPool
 
@@ -78,14 +78,8 @@ def main() -> None:
 
 def qwen_tokenizer() -> Tokenizer:
     """Qwen's vocabulary: a byte-level BPE of 151,646 tokens, the last of them control tokens."""
-    alphabet = byte_alphabet()
-
-    def spelt(token: bytes) -> str:
-        return "".join(alphabet[byte] for byte in token)
-
-    ranks = tiktoken_ranks("qwen")
-    merges = [(spelt(left), spelt(right)) for left, right in merges_of(ranks)]
-    vocabulary = {spelt(token): rank for token, rank in ranks.items()}
+    words, merges = byte_level_bpe(tiktoken_ranks("qwen"))
+    vocabulary = {word: i for i, word in enumerate(words)}
     bpe = tokenizers.Tokenizer(models.BPE(vocabulary, merges))
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.add_special_tokens(CONTROL_TOKENS)

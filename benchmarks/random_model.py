@@ -16,11 +16,12 @@ from pathlib import Path
 
 import numpy as np
 from tests.gguf_writer import TYPES, Tensor, random_blocks, write
-from tests.vocabularies import merges_of, tiktoken_ranks
+from tests.vocabularies import byte_level_bpe, tiktoken_ranks
 
-from hexad.checkpoint.tokenizer import CONTROL, NORMAL, byte_alphabet
+from hexad.checkpoint.tokenizer import CONTROL, NORMAL
 
 LAYERS, HIDDEN, INTERMEDIATE, HEADS, KV_HEADS, HEAD_DIM = 16, 2048, 8192, 32, 8, 64
+VOCABULARY = 128_256
 SPECIAL = ["<|begin_of_text|>", "<|end_of_text|>", *(f"<|reserved_special_token_{i}|>" for i in range(254))]
 CHUNK = 1 << 20
 """Weights made at a time; a tensor repeats them, which no engine can profit from."""
@@ -80,7 +81,7 @@ def _tensors(type_name: str) -> Iterator[tuple[str, tuple[int, ...], int]]:
     ids = {name: type_id for type_id, (name, _, _) in TYPES.items()}
     names = ("Q4_K", "Q6_K") if type_name == "Q4_K_M" else (type_name, type_name)
     most, better = (ids[name] for name in names)
-    yield "token_embd.weight", (len(_tokens()), HIDDEN), better
+    yield "token_embd.weight", (VOCABULARY, HIDDEN), better
     yield "output_norm.weight", (HIDDEN,), ids["F32"]
     kv = KV_HEADS * HEAD_DIM
     for i in range(LAYERS):
@@ -102,25 +103,16 @@ def _tensors(type_name: str) -> Iterator[tuple[str, tuple[int, ...], int]]:
         yield f"blk.{i}.ffn_norm.weight", (HIDDEN,), ids["F32"]
 
 
-def _tokens() -> list[bytes]:
-    return [*tiktoken_ranks("llama3"), *(name.encode() for name in SPECIAL)]
-
-
 def _vocabulary() -> dict[str, object]:
-    ranks = tiktoken_ranks("llama3")
-    alphabet = byte_alphabet()
-
-    def spelt(token: bytes) -> str:
-        return "".join(alphabet[byte] for byte in token)
-
+    words, merges = byte_level_bpe(tiktoken_ranks("llama3"))
     return {
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": "llama-bpe",
-        "tokenizer.ggml.tokens": [*map(spelt, ranks), *SPECIAL],
-        "tokenizer.ggml.token_type": [*(NORMAL for _ in ranks), *(CONTROL for _ in SPECIAL)],
-        "tokenizer.ggml.merges": [f"{spelt(left)} {spelt(right)}" for left, right in merges_of(ranks)],
-        "tokenizer.ggml.bos_token_id": len(ranks),
-        "tokenizer.ggml.eos_token_id": len(ranks) + 1,
+        "tokenizer.ggml.tokens": [*words, *SPECIAL],
+        "tokenizer.ggml.token_type": [*(NORMAL for _ in words), *(CONTROL for _ in SPECIAL)],
+        "tokenizer.ggml.merges": [" ".join(merge) for merge in merges],
+        "tokenizer.ggml.bos_token_id": len(words),
+        "tokenizer.ggml.eos_token_id": len(words) + 1,
     }
 
 

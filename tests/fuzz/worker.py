@@ -5,9 +5,9 @@ saved ones; "seconds" ends it early. Lines of JSON on stdout: {"at": index} befo
 "index": index} after one that broke a rule, {"done": count}. Without the last line this process was killed by
 the case begun last.
 
-The rules: a case may succeed or raise HexadErrors, which name the file, can be printed and are
-of sane length; it takes at
-most SECONDS of processor time, and grows the resident set by at most 10 × its size + 50 MB.
+The rules: a case may succeed or raise HexadErrors, which name the file, can be printed and are of sane
+length; it takes at most SECONDS of processor time, and grows the resident set by at most 10 × its size + 50
+MB.
 """
 
 from __future__ import annotations

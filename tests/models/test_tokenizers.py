@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import pytest
 from tests.vocabularies import (
-    merges_of,
+    byte_level_bpe,
     sentencepiece_pieces,
     tekken_ranks,
     tiktoken_ranks,
@@ -23,7 +23,7 @@ from tests.vocabularies import (
 from hexad.checkpoint.gguf import GGUFFile
 from hexad.checkpoint.gguf_tokenizer import tokenizer_from_gguf
 from hexad.checkpoint.hf_tokenizer import tokenizer_from_folder
-from hexad.checkpoint.tokenizer import Tokenizer, byte_alphabet
+from hexad.checkpoint.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.oracle
 
@@ -80,16 +80,11 @@ class Family(NamedTuple):
     exact: Callable[[bytes], bool] = lambda text: True
 
 
-def spelt(token: bytes) -> str:
-    alphabet = byte_alphabet()
-    return "".join(alphabet[byte] for byte in token)
-
-
 @cache
 def words_and_merges(name: str) -> tuple[list[str], list[str]]:
     ranks = tekken_ranks()[0] if name == "tekken" else tiktoken_ranks(name)
-    words = [spelt(token) for token in sorted(ranks, key=lambda token: ranks[token])]
-    return words, [f"{spelt(left)} {spelt(right)}" for left, right in merges_of(ranks)]
+    words, merges = byte_level_bpe(ranks)
+    return words, [" ".join(merge) for merge in merges]
 
 
 def byte_level(
