@@ -19,7 +19,8 @@ from hexad.errors import PromptError, TokenizerError
 if TYPE_CHECKING:
     import tokenizers
 
-# One text is encoded at a time: the library's threads would do nothing but warn of forks. It asks at each call.
+# One text is encoded at a time: the library's threads would do nothing but warn of forks. It looks here at
+# each call.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
@@ -185,7 +186,7 @@ class Tokenizer:
         try:
             if not isinstance(text, str):
                 raise TypeError
-            # A batch of one: unlike `encode`, it lets other Python threads run meanwhile, and is twice as fast.
+            # A batch of one: unlike `encode`, it lets other threads run meanwhile, and is twice as fast.
             (encoded,) = self._encoder.encode_batch_fast([text], add_special_tokens=add_special)
             ids: list[int] = encoded.ids
         except (TypeError, UnicodeError) as error:

@@ -209,6 +209,10 @@ def serve(
         bool | None, typer.Option(help="Whether requests share what is computed.")
     ] = None,
     scheduling_policy: Annotated[str | None, typer.Option(help="fcfs or priority.")] = None,
+    prefault: Annotated[
+        bool | None,
+        typer.Option("--prefault", help="Take the memory of the KV cache and the workspace at once."),
+    ] = None,
     threads: Threads = None,
     compute: Annotated[str | None, typer.Option(help="int8 or float.")] = None,
     kv_dtype: Annotated[str | None, typer.Option(help="auto, f32, f16 or q8.")] = None,
@@ -231,6 +235,8 @@ def serve(
     ] = None,
     max_n: Annotated[int | None, typer.Option(help="Most continuations of one request; 128.")] = None,
     max_body_mib: Annotated[float | None, typer.Option(help="Longest body of a request; 16.")] = None,
+    max_grammar_kib: Annotated[float | None, typer.Option(help="Longest grammar or schema; 256.")] = None,
+    body_timeout: Annotated[float | None, typer.Option(help="Seconds in which a body must come; 60.")] = None,
     request_timeout: Annotated[float | None, typer.Option(help="Longest request in seconds; 600.")] = None,
     timeout_graceful: Annotated[
         float | None, typer.Option(help="Seconds for what runs to end after SIGTERM; 30.")

@@ -9,7 +9,6 @@ import logging
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping
-from contextvars import ContextVar
 from typing import Any, TypeVar
 
 from starlette.requests import Request
@@ -17,21 +16,22 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from hexad.server.errors import ApiError, ClientGone
+from hexad.server.logs import facts, request_id
+from hexad.server.metrics import Metrics
+from hexad.server.protocol import MAX_HEADERS
+from hexad.server.tracing import Tracer
 
 T = TypeVar("T")
 
 logger = logging.getLogger("hexad.server")
-
-request_id: ContextVar[str] = ContextVar("request_id", default="-")
-"""The id of the request under way, for logs."""
 
 ErrorBody = Callable[[ApiError], Mapping[str, Any]]
 """How an API writes its errors."""
 
 
 def encode(value: object) -> bytes:
-    """A value as compact JSON."""
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
+    """A value as compact JSON. Halves of characters, which a client may have sent, become "?"."""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode(errors="replace")
 
 
 class JSONResponse(Response):
@@ -44,10 +44,7 @@ class JSONResponse(Response):
 
 
 class EventStream(Response):
-    """Chunks of bytes as they come, until the client hangs up: `chunks` is closed then.
-
-    close: called in any case at the end.
-    """
+    """Chunks of bytes as they come, until the client hangs up: `chunks` is closed then."""
 
     media_type = "text/event-stream"
 
@@ -89,9 +86,9 @@ class EventStream(Response):
             if not gone:
                 raise
             task.uncancel()
-            scope["hexad.gone"] = True
+            scope["hexad:gone"] = True
         except OSError:  # the client is gone while something was sent
-            scope["hexad.gone"] = True
+            scope["hexad:gone"] = True
         finally:
             watcher.cancel()
             if (close := getattr(self._chunks, "aclose", None)) is not None:
@@ -123,8 +120,9 @@ async def _disconnected(receive: Receive) -> None:
 class Gate:
     """The outermost layer: ids, keys, limits of the body, and one line in the log for each request.
 
-    keys: bearers of one of them may enter; empty: anybody. open_paths: where no key is needed. refusal: why
-    nothing but open paths is answered now, or None. error_body: how an error is written at a path.
+    keys: bearers of one of them may enter; empty: anybody. open_paths: where no key is needed. root_path:
+    what a proxy in front may leave before paths. refusal: why nothing but open paths is answered now, or
+    None. error_body: how an error is written at a path.
     """
 
     def __init__(
@@ -133,18 +131,24 @@ class Gate:
         *,
         keys: Iterable[str],
         open_paths: Iterable[str],
+        root_path: str,
         max_body: int,
         body_timeout: float,
         refusal: Callable[[str], ApiError | None],
         error_body: Callable[[str], ErrorBody],
+        metrics: Metrics,
+        tracer: Tracer | None,
     ) -> None:
         self.app = app
         self._keys = [key.encode() for key in keys]
         self._open = frozenset(open_paths)
+        self._root = root_path.rstrip("/")
         self._max_body = max_body
         self._body_timeout = body_timeout
         self._refusal = refusal
         self._error_body = error_body
+        self._metrics = metrics
+        self._tracer = tracer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -155,7 +159,9 @@ class Gate:
         given = headers.get(b"x-request-id", b"").decode("latin-1")
         name = given if 0 < len(given) <= 128 and given.isprintable() else secrets.token_hex(16)
         request_id.set(name)
-        scope["hexad.request_id"] = name
+        scope["hexad:request_id"] = name
+        log: dict[str, Any] = {}
+        facts.set(log)
         status = 0
 
         async def send_named(message: Message) -> None:
@@ -165,7 +171,10 @@ class Gate:
                 message["headers"] = [*message["headers"], (b"x-request-id", name.encode("latin-1"))]
             await send(message)
 
-        path = scope["path"].removeprefix(scope.get("root_path", "")) or "/"
+        path = self._path(scope)
+        scope["hexad:path"] = path
+        counted = path not in _QUIET
+        self._metrics.active += counted
         try:
             try:
                 self._check(scope["method"], path, headers)
@@ -176,30 +185,40 @@ class Gate:
                 deep = ApiError(400, "The body nests too deep.")
                 await self._refuse(path, deep, status, scope, receive, send_named)
             except ClientGone:
-                scope["hexad.gone"] = True
+                scope["hexad:gone"] = True
             except Exception:
                 logger.exception("A request failed.")
                 failure = ApiError(500, "The server failed at this request; its log says why.")
                 await self._refuse(path, failure, status, scope, receive, send_named)
         finally:
-            if logger.isEnabledFor(logging.INFO) and path not in _QUIET:
+            self._metrics.active -= counted
+            seconds = time.perf_counter() - begin
+            if scope.get("hexad:gone"):
+                status = 499  # nginx's, for a client that hung up
+            route = getattr(scope.get("route"), "path", None)
+            self._metrics.observe(scope["method"], route, status, seconds)
+            if counted:
                 client = scope.get("client")
-                logger.info(
-                    "%s %s %s",
-                    scope["method"],
-                    path,
-                    "gone" if scope.get("hexad.gone") else status,
-                    extra={
-                        "method": scope["method"],
-                        "path": path,
-                        "status": 499 if scope.get("hexad.gone") else status,
-                        "seconds": round(time.perf_counter() - begin, 4),
-                        "client": client[0] if client else None,
-                        **scope.get("hexad.log", {}),
-                    },
-                )
+                log |= {
+                    "method": scope["method"],
+                    "path": path[:_LOGGED_PATH],
+                    "status": status,
+                    "seconds": round(seconds, 4),
+                    "client": client[0] if client else None,
+                }
+                logger.info("%s %s %s", log["method"], log["path"], status, extra=log)
+                if self._tracer is not None:
+                    self._tracer.record(route, name, log, headers.get(b"traceparent", b"").decode("latin-1"))
+
+    def _path(self, scope: Scope) -> str:
+        path: str = scope["path"]
+        if self._root and path.startswith(self._root + "/"):
+            return path[len(self._root) :]
+        return path
 
     def _check(self, method: str, path: str, headers: Mapping[bytes, bytes]) -> None:
+        if sum(len(name) + len(value) for name, value in headers.items()) > MAX_HEADERS:
+            raise ApiError(431, f"The request's head is longer than {MAX_HEADERS:,} bytes.")
         if path in self._open or method == "OPTIONS":
             return
         if self._keys:
@@ -258,3 +277,7 @@ class Gate:
 
 
 _QUIET = frozenset({"/health", "/metrics", "/ping", "/load"})
+"""What is asked every few seconds, and is not worth a line."""
+
+_LOGGED_PATH = 200
+"""Characters of a path that are logged."""
