@@ -99,7 +99,7 @@ def test_a_file_without_keys_is_no_open_door(content: bytes | None, tmp_path: Pa
     keys = tmp_path / "keys"
     if content is not None:
         keys.write_bytes(content)
-    with pytest.raises(ConfigError, match="api_key_file .*keys"):
+    with pytest.raises(ConfigError, match=r"api_key_file .*keys"):
         _ = collect({"api_key_file": keys}, {}).api_keys
 
 

@@ -239,45 +239,60 @@ class Gate:
     def _bounded(self, receive: Receive, headers: Mapping[bytes, bytes]) -> Receive:
         """`receive` that refuses bodies which are too long, or too slow to come."""
         length = headers.get(b"content-length", b"")
-        if length.isdigit() and int(length) > self._max_body:
-            raise self._too_long()
-        received, complete, deadline = 0, False, time.monotonic() + self._body_timeout
+        received = int(length) if length.isdigit() and int(length) > self._max_body else 0
+        complete, deadline = False, time.monotonic() + self._body_timeout
 
         async def bounded() -> Message:
             nonlocal received, complete
             if complete:
                 return await receive()
-            try:
-                async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
-                    message = await receive()
-            except TimeoutError as error:
-                raise ApiError(
-                    408, f"The body did not come within {self._body_timeout:g} seconds.", code="timeout"
-                ) from error
-            received += len(message.get("body", b""))
+            message: Message = {}
+            if received <= self._max_body:
+                try:
+                    async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
+                        message = await receive()
+                except TimeoutError as error:
+                    raise ApiError(
+                        408,
+                        f"The body did not come within {self._body_timeout:g} seconds.",
+                        code="timeout",
+                        headers={"Connection": "close"},
+                    ) from error
+                received += len(message.get("body", b""))
             if received > self._max_body:
-                raise self._too_long()
+                if b"expect" not in headers:  # else the client waits to be told whether to send it
+                    await _discard(receive)
+                raise ApiError(
+                    413,
+                    f"The body is longer than {self._max_body:,} bytes, the server's limit.",
+                    headers={"Connection": "close"},
+                )
             complete = not message.get("more_body", False)
             return message
 
         return bounded
 
-    def _too_long(self) -> ApiError:
-        return ApiError(413, f"The body is longer than {self._max_body:,} bytes, the server's limit.")
-
     async def _refuse(
         self, path: str, error: ApiError, status: int, scope: Scope, receive: Receive, send: Send
     ) -> None:
-        if status:  # the answer has begun; all that can be done is to end it
-            return
-        response = JSONResponse(self._error_body(path)(error), error.status, error.headers)
-        if error.status in (408, 413):  # what is left of the body is not waited for
-            response.headers["Connection"] = "close"
-        await response(scope, receive, send)
+        if not status:  # else the answer has begun, and all that can be done is to end it
+            response = JSONResponse(self._error_body(path)(error), error.status, error.headers)
+            await response(scope, receive, send)
+
+
+async def _discard(receive: Receive) -> None:
+    """Reads what is left of a body: most clients send all of it before they read the answer."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(_DISCARDING):
+            while (await receive()).get("more_body"):
+                pass
 
 
 _QUIET = frozenset({"/health", "/metrics", "/ping", "/load"})
 """What is asked every few seconds, and is not worth a line."""
+
+_DISCARDING = 10.0
+"""Seconds for which what is left of a body that is too long is read, and forgotten."""
 
 _LOGGED_PATH = 200
 """Characters of a path that are logged."""

@@ -64,7 +64,7 @@ def serve(settings: ServerSettings) -> int:
         config.load()
     except OSError as error:  # ssl's errors are, too
         raise ConfigError(
-            f"ssl_certfile {settings.ssl_certfile} cannot be used, or its key or authorities: {error}."
+            f"The certificate {settings.ssl_certfile}, its key or its authorities cannot be used: {error}."
         ) from error
     sockets = [_listen(settings)]
     process = _Process(settings, state, _Server(config))
