@@ -97,7 +97,8 @@ class ToolFormat(ABC):
         """Free text in which each call, once its trigger is written, is one of a tool that there is, with
         arguments by its schema. None where no text is sure to be a call's beginning.
 
-        parallel: False ends the text with the first call.
+        parallel: False ends the text with the first call. reasoning: text between its markers is not looked
+        at, and where the first marker stands later than it should, nor are calls between the two.
         """
         if self.trigger is None or not tools:
             return None
