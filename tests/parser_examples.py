@@ -135,6 +135,16 @@ EXAMPLES = {
         hermes('{"name": "f", "arguments": {"a": [1}}') + "\n" + hermes(WEATHER),
         calls=[("f", '{"a": [1}}'), ZURICH],
     ),
+    "hermes, crossed brackets": Example(
+        "hermes",
+        hermes('{"name": "f", "arguments": {"a": [1}, "b": 2}}'),
+        calls=[("f", '{"a": [1}, "b": 2}}')],
+    ),
+    "hermes, half a character in a string": Example(
+        "hermes",
+        hermes(r'{"name": "f", "arguments": "{\"a\": \"\ud83e \ud83e\udd8a\"}"}'),
+        calls=[("f", '{"a": "\ufffd 🦊"}')],
+    ),
     "hermes, Python's quotes": Example(
         "hermes", hermes("""{"name": "f", "arguments": {'a': 1}}"""), calls=[("f", "{'a': 1}}")]
     ),
@@ -160,6 +170,7 @@ EXAMPLES = {
     "llama, text before": Example("llama3", "I call " + WEATHER, "I call " + WEATHER),
     "llama, text after": Example("llama3", WEATHER + " I hope.\n", "I hope.\n", [ZURICH]),
     "llama, no call after": Example("llama3", WEATHER + '; {"a": 1}', '; {"a": 1}', [ZURICH]),
+    "llama, cut in the second": Example("llama3", WEATHER + '; {"na', '; {"na', [ZURICH]),
     "llama, cut": same("llama3", '{"name": "f", "parameters"'),
     "llama, cut in the tag": same("llama3", "<|python_"),
     "llama, cut in the arguments": Example(
@@ -206,6 +217,9 @@ EXAMPLES = {
     "mistral, cut in the list": Example("mistral", f"[TOOL_CALLS][{WEATHER}, ", calls=[ZURICH]),
     "mistral, cut in the second": Example("mistral", f'[TOOL_CALLS][{WEATHER}, {{"na', ', {"na', [ZURICH]),
     "mistral, list not closed": Example("mistral", f"[TOOL_CALLS][{WEATHER} or so", "or so", [ZURICH]),
+    "mistral, list not closed, cut in a marker": Example(
+        "mistral", f"[TOOL_CALLS][{WEATHER} x[TOOL_", "x[TOOL_", [ZURICH]
+    ),
     "mistral, broken arguments": Example(
         "mistral", '[TOOL_CALLS]f{"a": <1>} \n[TOOL_CALLS]f{}', calls=[("f", '{"a": <1>}'), ("f", "{}")]
     ),

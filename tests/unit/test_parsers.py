@@ -172,6 +172,18 @@ def test_any_name_will_do_where_tools_are_not_known() -> None:
     assert message == Message(hermes('{"name": "x"}'), [("x", "{}")], "")
 
 
+def test_names_are_valid_unicode() -> None:
+    parser = MessageParser(tools=TOOL_FORMATS["hermes"], reasoning=None)
+    message = join([parser.push(hermes(r'{"name": "a\ud83e", "arguments": {}}'))])
+    assert message.calls == [("a\ufffd", "{}")]
+
+
+def test_arguments_in_a_string_may_nest_as_deep_as_they_like() -> None:
+    inner = json.dumps('{"a": ' + "[" * 100_000)
+    message = parse(EXAMPLES["hermes"], [hermes('{"name": "f", "arguments": ' + inner + "}")])
+    assert message.calls == [("f", inner)]
+
+
 def test_a_long_text_takes_time_in_proportion() -> None:
     """Not timed: what grew with the square of the length would be felt."""
     size = 100_000

@@ -307,18 +307,18 @@ class MistralFormat(ToolFormat):
         )
 
 
-_MISTRAL_NAMED = MistralFormat(named=True)
+_HERMES, _LLAMA3 = HermesFormat(), Llama3Format()
 
 TOOL_FORMATS: Mapping[str, ToolFormat] = MappingProxyType(
     {
-        "hermes": (hermes := HermesFormat()),
-        "qwen": hermes,
-        "qwen25": hermes,
-        "llama3": (llama3 := Llama3Format()),
-        "llama3_json": llama3,
-        "llama4_json": llama3,
-        "mistral": (mistral := MistralFormat()),
-        "mistral_v11": _MISTRAL_NAMED,
+        "hermes": _HERMES,
+        "qwen": _HERMES,
+        "qwen25": _HERMES,
+        "llama3": _LLAMA3,
+        "llama3_json": _LLAMA3,
+        "llama4_json": _LLAMA3,
+        "mistral": MistralFormat(),
+        "mistral_v11": MistralFormat(named=True),
     }
 )
 """By name; vLLM's and SGLang's names are among them."""
