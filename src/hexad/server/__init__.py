@@ -1,1 +1,1 @@
-"""`hexad serve`: the APIs that people's clients already speak, over one AsyncLLM."""
+"""The HTTP server: a loaded model behind the APIs that clients know."""
