@@ -1,14 +1,14 @@
 """What HTTP costs: speed beside `LLM.generate`, the server's own CPU time, streams as a long prompt comes.
 
-    scripts/bench serve [MODEL] [--work cost|arrival] [--threads N] [--rounds N] [--slack FACTOR]
+    scripts/bench serve [MODEL] [--work cost|arrival] [--running N] [--rounds N] [--threads N] [--slack F]
 
 cost: STREAMS requests at once through `LLM.generate` and, as streams of completions and of chat, through a
 server in another process; the same prompts for the first two, new ones each round. The load generator is that
 of `hexad bench serve`, in this process, and its own CPU time is told. The server's is taken thread by thread;
 what its engine's thread spends in native calls is subtracted, and the rest divided by the tokens streamed.
 
-arrival: RUNNING streams run when a prompt of LONG tokens comes. The gaps between their tokens until its first
-one are held against those before it, and its time to the first token against that on an idle server.
+arrival: --running streams run when a prompt of LONG tokens comes. The gaps between their tokens until its
+first one are held against those before it, and its time to the first token against that on an idle server.
 
 The exit status is 1 if a figure exceeds its bound; --slack widens the bounds, for machines that are busy with
 other things.
@@ -41,7 +41,6 @@ TOKENS = 128
 SPEED_BOUND = 0.85
 CPU_BOUND = 80e-6
 
-RUNNING = 8
 LONG = 4000
 SETTLED = 40
 """Tokens that each stream has had as the long prompt comes; those after the first few are the "before"."""
@@ -59,6 +58,7 @@ def main() -> None:
     parser.add_argument("model", nargs="?", default="smollm2:135m")
     parser.add_argument("--work", choices=("cost", "arrival"))
     parser.add_argument("--threads", type=int, default=None)
+    parser.add_argument("--running", type=int, default=STREAMS)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--slack", type=float, default=1.0, metavar="FACTOR")
     options = parser.parse_args()
@@ -103,7 +103,7 @@ def main() -> None:
         "streams": STREAMS,
         "prompt": PROMPT,
         "tokens": TOKENS,
-        "running": RUNNING,
+        "running": options.running,
         "long": LONG,
     }
     print(f"\nwritten to {write('serve', settings, results)}")
@@ -113,7 +113,7 @@ def main() -> None:
 _PARTS = {"loop": "event loop", "engine": "engine's thread", "other": "threads that read prompts"}
 
 _ARRIVAL = {
-    "before_s": f"{RUNNING} streams, median gap before, ms",
+    "before_s": "median gap of the streams before, ms",
     "gap_median_s": f"while {LONG} tokens come: median gap, ms",
     "gap_p99_s": "p99 gap, ms",
     "alone_s": f"TTFT of {LONG} tokens alone, ms",
@@ -190,16 +190,16 @@ async def measure_arrivals(url: str, options: argparse.Namespace) -> list[dict[s
         found = []
         for seed in range(options.rounds):
             alone = await _first_token(client, LONG, 2 * seed)
-            found.append({"alone_s": alone, **await _arrival(client, 2 * seed + 1)})
+            found.append({"alone_s": alone, **await _arrival(client, options.running, 2 * seed + 1)})
         return found
     finally:
         client.close()
 
 
-async def _arrival(client: Client, seed: int) -> dict[str, float]:
-    answers = [Answer() for _ in range(RUNNING)]
+async def _arrival(client: Client, running: int, seed: int) -> dict[str, float]:
+    answers = [Answer() for _ in range(running)]
     tasks = [
-        asyncio.create_task(client.stream(COMPLETIONS, _body(PROMPT // 2, 4000, 100 * seed + i), answer))
+        asyncio.create_task(client.stream(COMPLETIONS, _body(PROMPT, 4000, 100 * seed + i), answer))
         for i, answer in enumerate(answers)
     ]
     while any(len(answer.times) < SETTLED for answer in answers):

@@ -387,14 +387,18 @@ class Client:
         self._prefix = url.path.rstrip("/").removesuffix("/v1")
         return url.netloc.rpartition("@")[2]
 
-    async def models(self) -> list[str]:
-        """The names at /v1/models. Raises RequestFailed."""
+    async def get(self, path: str) -> bytes:
+        """The body at a path. Raises RequestFailed for any status but 200, and TimeoutError."""
         taker = _Taker(Answer())
         async with asyncio.timeout(self._timeout):
-            response = await self._exchange("GET", "/v1/models", b"", taker)
+            response = await self._exchange("GET", path, b"", taker)
         if response.status != 200:
             raise RequestFailed(f"HTTP {response.status}", _message(taker.body))
-        listed = _parsed(taker.body).get("data")
+        return taker.body
+
+    async def models(self) -> list[str]:
+        """The names at /v1/models. Raises what `get` raises."""
+        listed = _parsed(await self.get("/v1/models")).get("data")
         entries = listed if isinstance(listed, list) else []
         names = [entry.get("id") for entry in entries if isinstance(entry, dict)]
         return [name for name in names if isinstance(name, str)]
