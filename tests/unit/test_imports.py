@@ -39,10 +39,9 @@ MAY_IMPORT = {
     "prompts": "checkpoint",
     "llm": "loader prompts engine checkpoint placement rich",
     "async_llm": "loader prompts engine checkpoint placement",
-    "server": "llm async_llm loader prompts engine checkpoint fastapi starlette uvicorn pydantic"
-    " prometheus_client",
     "": "errors config params outputs llm async_llm",
-    "server": "async_llm loader prompts engine checkpoint fastapi starlette uvicorn pydantic prometheus_client",
+    "server": "async_llm loader prompts engine checkpoint fastapi starlette uvicorn pydantic"
+    " prometheus_client",
     "cli": "llm server engine checkpoint models graph placement backends runner typer rich matplotlib",
     "__main__": "cli",
 }

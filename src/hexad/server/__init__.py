@@ -1,1 +1,1 @@
-"""The HTTP server: a loaded model behind the APIs that clients know."""
+"""`hexad serve`: a loaded model behind the APIs that clients already speak."""
