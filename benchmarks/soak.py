@@ -146,7 +146,10 @@ class Soak:
                 lambda: self._stream(COMPLETIONS, self._prompt(500, 1500), self._rng.randint(50, 200)),
             ),
             "chat": (12, lambda: self._stream(CHAT, self._messages(), self._rng.randint(1, 64))),
-            "several": (6, lambda: self._stream(COMPLETIONS, {**self._prompt(9, 99), "n": 3}, 16)),
+            "several": (
+                6,
+                lambda: self._stream(COMPLETIONS, {**self._prompt(9, 99), "n": 3, "temperature": 1}, 16),
+            ),
             "whole": (12, self._whole),
             "cancelled": (20, self._cancelled),
             "invalid": (20, self._invalid),
@@ -173,7 +176,7 @@ class Soak:
         more: dict[str, object] = {"temperature": self._rng.choice((0, 0.8)), "max_tokens": tokens}
         if stream:
             more |= {"stream": True, "stream_options": {"include_usage": True}}
-        return json.dumps({"model": "model", **fields, **more}).encode()
+        return json.dumps({"model": "model", **more, **fields}).encode()
 
     async def _stream(self, path: str, fields: dict[str, object], tokens: int) -> str:
         answer = Answer()
