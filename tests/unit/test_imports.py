@@ -40,7 +40,8 @@ MAY_IMPORT = {
     "llm": "loader prompts engine checkpoint placement rich",
     "async_llm": "loader prompts engine checkpoint placement",
     "": "errors config params outputs llm async_llm",
-    "cli": "llm engine checkpoint models graph placement backends runner typer rich matplotlib",
+    "server": "async_llm loader prompts engine checkpoint fastapi starlette uvicorn pydantic prometheus_client",
+    "cli": "llm server engine checkpoint models graph placement backends runner typer rich matplotlib",
     "__main__": "cli",
 }
 
@@ -68,7 +69,7 @@ def is_allowed(part: str, name: str) -> bool:
     if head != "hexad":
         return head in sys.stdlib_module_names or head in MAY_IMPORT[part].split()
     if not rest or rest[0] == "__version__":
-        return part == "cli"
+        return part in ("cli", "server")
     if rest[0] == part or (rest[0] in EVERYWHERE and part not in EVERYWHERE):
         return True
     return any(f"{name}.".startswith(f"hexad.{allowed}.") for allowed in MAY_IMPORT[part].split())

@@ -187,6 +187,86 @@ def chat(
 
 
 @app.command()
+def serve(
+    model: Annotated[str | None, typer.Argument(metavar="[MODEL]", help=_MODEL_HELP)] = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on; 127.0.0.1 if left out.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port; 8000 if left out, 0 chooses one.")] = None,
+    uds: Annotated[str | None, typer.Option(help="Listen on this Unix socket instead.")] = None,
+    root_path: Annotated[str | None, typer.Option(help="Path at which a proxy shows the server.")] = None,
+    api_key: Annotated[
+        list[str] | None, typer.Option(help="Let in only who has this key; it can be repeated.")
+    ] = None,
+    api_key_file: Annotated[Path | None, typer.Option(help="A file of keys, one per line.")] = None,
+    served_model_name: Annotated[
+        list[str] | None, typer.Option(help="What clients call the model; it can be repeated.")
+    ] = None,
+    max_model_len: MaxModelLen = None,
+    max_num_seqs: Annotated[int | None, typer.Option(help="Most sequences in one step; 64.")] = None,
+    max_num_batched_tokens: Annotated[int | None, typer.Option(help="Most tokens in one step; 512.")] = None,
+    max_step_ms: MaxStepMs = None,
+    kv_cache_gib: KVCacheGib = None,
+    prefix_caching: Annotated[
+        bool | None, typer.Option(help="Whether requests share what is computed.")
+    ] = None,
+    scheduling_policy: Annotated[str | None, typer.Option(help="fcfs or priority.")] = None,
+    threads: Threads = None,
+    compute: Annotated[str | None, typer.Option(help="int8 or float.")] = None,
+    kv_dtype: Annotated[str | None, typer.Option(help="auto, f32, f16 or q8.")] = None,
+    seed: Seed = None,
+    chat_template: Annotated[
+        str | None, typer.Option(help="A Jinja template instead of the model's, or a file with it.")
+    ] = None,
+    tool_call_parser: Annotated[
+        str | None, typer.Option(help="hermes, llama3 or mistral; by the template if left out.")
+    ] = None,
+    reasoning_parser: Annotated[
+        str | None, typer.Option(help="think or none; by the template if left out.")
+    ] = None,
+    generation_config: Annotated[
+        str | None, typer.Option(help="auto: the model's own defaults; vllm: none.")
+    ] = None,
+    max_logprobs: Annotated[int | None, typer.Option(help="Most logprobs per token; 20.")] = None,
+    max_waiting: Annotated[
+        int | None, typer.Option(help="Sequences that may wait; more are refused (429). 1024.")
+    ] = None,
+    max_n: Annotated[int | None, typer.Option(help="Most continuations of one request; 128.")] = None,
+    max_body_mib: Annotated[float | None, typer.Option(help="Longest body of a request; 16.")] = None,
+    request_timeout: Annotated[float | None, typer.Option(help="Longest request in seconds; 600.")] = None,
+    timeout_graceful: Annotated[
+        float | None, typer.Option(help="Seconds for what runs to end after SIGTERM; 30.")
+    ] = None,
+    timeout_keep_alive: Annotated[
+        int | None, typer.Option(help="Seconds that an idle connection is kept; 5.")
+    ] = None,
+    cors: Annotated[
+        list[str] | None, typer.Option(help="Origin that may call from a browser, or *; can be repeated.")
+    ] = None,
+    ssl_certfile: Annotated[Path | None, typer.Option(help="Certificate, for https.")] = None,
+    ssl_keyfile: Annotated[Path | None, typer.Option(help="Its key.")] = None,
+    ssl_keyfile_password: Annotated[str | None, typer.Option(help="The key's password.")] = None,
+    ssl_ca_certs: Annotated[Path | None, typer.Option(help="Authorities of clients' certificates.")] = None,
+    log_format: Annotated[str | None, typer.Option(help="text or json.")] = None,
+    log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.")] = None,
+    otlp_endpoint: Annotated[
+        str | None, typer.Option(help="Send traces there (needs hexad\\[otel]).")
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="A TOML file with these settings; HEXAD_* variables go before it.")
+    ] = None,
+) -> None:
+    """Serve a model: OpenAI's and others' APIs, and a page to chat on."""
+    given = {name: value for name, value in locals().items() if value not in (None, [], ())}
+    from hexad.server.serve import serve
+    from hexad.server.settings import collect
+
+    given.pop("config", None)
+    if "prefix_caching" in given:
+        given["enable_prefix_caching"] = given.pop("prefix_caching")
+    if code := serve(collect(given, os.environ, config)):
+        raise typer.Exit(code)
+
+
+@app.command()
 def inspect(
     model: ModelArgument = DEFAULT_MODEL,
     threads: Threads = None,

@@ -56,6 +56,7 @@ class AsyncEngine:
         self._refusal: str | None = None  # why nothing is taken on any more
         self._cause: BaseException | None = None
         self._asleep = self._stopping = False
+        self._on_broken: Callable[[], object] | None = None
         # A daemon, for Python waits for other threads before it calls what is registered for its exit. There
         # it must be stopped: a thread that comes back from native code when the interpreter is gone takes the
         # process down.
@@ -112,6 +113,15 @@ class AsyncEngine:
         """Ends a request before the next step: its blocks are free then, and its last output says "abort".
         Does nothing for a request that has ended."""
         self._inbox.put(lambda: self._cancel(self._slots.get(request_id)))
+
+    def on_broken(self, callback: Callable[[], object]) -> None:
+        """Has the engine's thread call this if it breaks; it takes on nothing more then. Somebody may watch
+        who is to restart it."""
+        with self._lock:
+            self._on_broken = callback
+            broken = self._cause is not None
+        if broken:
+            callback()
 
     def get_metrics(self) -> list[Metric]:
         """What the engine has counted, under vLLM's names."""
@@ -260,6 +270,7 @@ class AsyncEngine:
             self._cause = error
             slots = list(self._slots.values())
             self._slots.clear()
+            callback = self._on_broken
         posts: dict[_Outbox, list[_News]] = {}
         for slot in slots:
             posts.setdefault(slot.outbox, []).append((slot, self._error(), True))
@@ -267,6 +278,8 @@ class AsyncEngine:
             outbox.deliver(news)
         while not self._inbox.empty():
             self._inbox.get()()
+        if callback is not None:
+            callback()
 
 
 class Stream:

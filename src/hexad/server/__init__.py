@@ -1,0 +1,1 @@
+"""`hexad serve`: the APIs that people's clients already speak, over one AsyncLLM."""

@@ -1,0 +1,156 @@
+"""The ASGI application: the APIs' routes behind one gate, and what they share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import Response
+from starlette.types import ASGIApp
+
+from hexad import __version__
+from hexad.server import openai, operations
+from hexad.server.chat import Chat
+from hexad.server.errors import ApiError
+from hexad.server.http import ErrorBody, Gate, JSONResponse
+from hexad.server.settings import ServerSettings
+
+PAGE = Path(__file__).with_name("web") / "index.html"
+
+_APIS: tuple[tuple[str, ErrorBody], ...] = (("", openai.error_body),)
+"""Prefixes of paths, the longest first, and how errors are written below them."""
+
+_OPEN = frozenset({"/", "/health", "/ping", "/version", "/favicon.ico"})
+
+# No outside requests, and nothing from elsewhere in the page.
+_POLICY = (
+    "default-src 'self'; script-src 'self' 'unsafe-inline'; style-src 'self' 'unsafe-inline'; "
+    "img-src 'self' data:; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
+)
+
+
+class State:
+    """How the server is: `chat` is there once the model is loaded; `draining`: it takes nothing new."""
+
+    def __init__(self) -> None:
+        self.chat: Chat | None = None
+        self.draining = False
+        self.broken = False
+
+    def refusal(self, path: str = "") -> ApiError | None:
+        """Why nothing is answered now."""
+        if self.broken:
+            return ApiError(503, "The engine broke; the server is going down.", code="engine_broken")
+        if self.draining:
+            return ApiError(503, "The server is shutting down.", code="shutting_down")
+        if self.chat is None:
+            return ApiError(503, "The model is still loading.", code="loading", headers={"Retry-After": "1"})
+        return None
+
+
+def create_app(settings: ServerSettings, state: State) -> ASGIApp:
+    """The application. `state` is filled in as the server comes up."""
+    app = FastAPI(
+        title="hexad",
+        version=__version__,
+        description="Large language models on a plain CPU, behind the APIs that clients already speak.",
+        docs_url=None,
+        redoc_url=None,
+        openapi_url="/openapi.json",
+        root_path=settings.root_path,
+        responses={
+            400: {"description": "What was asked is wrong; the message says what."},
+            401: {"description": "The API key is missing or wrong."},
+            404: {"description": "There is no such model or thing."},
+            413: {"description": "The body is too long."},
+            429: {"description": "Too many requests wait."},
+            500: {"description": "The server failed."},
+            503: {"description": "The model is loading, or the server is shutting down."},
+            504: {"description": "The request took too long."},
+        },
+    )
+    app.state.server = state
+    for router in (operations.router, openai.router):
+        app.include_router(router)
+
+    @app.get("/", include_in_schema=False)
+    async def page() -> Response:
+        headers = {"Content-Security-Policy": _POLICY, "Cache-Control": "no-cache"}
+        return Response(PAGE.read_bytes(), media_type="text/html; charset=utf-8", headers=headers)
+
+    app.add_exception_handler(RequestValidationError, _invalid)
+    app.add_exception_handler(HTTPException, _refused)
+    app.add_exception_handler(ApiError, _failed)
+    app.openapi = _with_our_errors(app.openapi)  # type: ignore[method-assign]
+    if settings.cors:
+        app.add_middleware(
+            CORSMiddleware, allow_origins=settings.cors, allow_methods=["*"], allow_headers=["*"]
+        )
+    return Gate(
+        app,
+        keys=settings.api_keys,
+        open_paths=_OPEN,
+        max_body=int(settings.max_body_mib * 2**20),
+        body_timeout=settings.body_timeout,
+        refusal=lambda path: None if path in ("/metrics", "/openapi.json", "/docs") else state.refusal(),
+        error_body=error_body,
+    )
+
+
+def error_body(path: str) -> ErrorBody:
+    """How errors are written at a path."""
+    return next(body for prefix, body in _APIS if path.startswith(prefix))
+
+
+def _write(request: Request, error: ApiError) -> Response:
+    return JSONResponse(error_body(request.url.path)(error), error.status, error.headers)
+
+
+async def _failed(request: Request, error: Exception) -> Response:
+    assert isinstance(error, ApiError)
+    return _write(request, error)
+
+
+async def _refused(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    if error.status_code == 404:
+        message = f"There is nothing at {request.method} {request.url.path}; /docs lists what there is."
+    elif error.status_code == 405:
+        message = f"{request.method} is not what {request.url.path} takes."
+    else:
+        message = str(error.detail)
+    return _write(request, ApiError(error.status_code, message, headers=error.headers))
+
+
+async def _invalid(request: Request, error: Exception) -> Response:
+    """The first thing that is wrong with a body, with its field."""
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    path = [part for part in first["loc"] if part not in ("body", "query", "path")]
+    if first["type"] == "json_invalid":
+        reason = first.get("ctx", {}).get("error", first["msg"])
+        return _write(request, ApiError(400, f"The body is not valid JSON: {reason}.", code="invalid_json"))
+    field = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).lstrip(".")
+    if not path:
+        message = "The body must be a JSON object, sent as 'Content-Type: application/json'."
+        return _write(request, ApiError(400, message))
+    message = f"{field}: {first['msg']}."
+    return _write(request, ApiError(400, message, param=str(path[0])))
+
+
+def _with_our_errors(describe: Callable[[], dict[str, Any]]) -> Callable[[], dict[str, Any]]:
+    """The OpenAPI document without FastAPI's 422: what is wrong with a body is a 400 here."""
+
+    def described() -> dict[str, Any]:
+        document = describe()
+        for operations_ in document["paths"].values():
+            for operation in operations_.values():
+                operation["responses"].pop("422", None)
+        return document
+
+    return described

@@ -1,0 +1,148 @@
+"""The fields of a body that say how tokens are drawn: OpenAI's, vLLM's and llama.cpp's names for them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from hexad.params import RepetitionDetectionParams, SamplingParams, StructuredOutputsParams
+from hexad.server.errors import ApiError
+
+
+class Body(BaseModel):
+    """A request's body. Types are taken as they are, a number is no string; fields not known are ignored."""
+
+    model_config = ConfigDict(strict=True, extra="ignore", protected_namespaces=())
+
+
+class StructuredOutputs(Body):
+    """vLLM's: what the text must match; exactly one."""
+
+    json_schema: str | dict[str, Any] | None = Field(None, alias="json")
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
+    structural_tag: str | None = None
+    whitespace_pattern: str | None = None
+
+    def params(self) -> StructuredOutputsParams:
+        """Raises ParamsError."""
+        return StructuredOutputsParams(
+            json=self.json_schema,
+            regex=self.regex,
+            choice=self.choice,
+            grammar=self.grammar,
+            json_object=self.json_object or None,
+            structural_tag=self.structural_tag,
+            whitespace_pattern=self.whitespace_pattern,
+        )
+
+
+class RepetitionDetection(Body):
+    """vLLM's; see RepetitionDetectionParams."""
+
+    max_pattern_size: int = 0
+    min_pattern_size: int = 1
+    min_count: int = 2
+
+
+class SamplingFields(Body):
+    """Fields of SamplingParams under their own names; None stands for the server's default."""
+
+    n: int | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    include_stop_str_in_output: bool | None = None
+    ignore_eos: bool | None = None
+    min_tokens: int | None = None
+    logit_bias: dict[str, float] | None = None
+    allowed_token_ids: list[int] | None = None
+    bad_words: list[str] | None = None
+    skip_special_tokens: bool | None = None
+    spaces_between_special_tokens: bool | None = None
+    structured_outputs: StructuredOutputs | None = None
+    thinking_token_budget: int | None = None
+    repetition_detection: RepetitionDetection | None = None
+
+    typical_p: float | None = None
+    top_n_sigma: float | None = None
+    xtc_probability: float | None = None
+    xtc_threshold: float | None = None
+    dry_multiplier: float | None = None
+    dry_base: float | None = None
+    dry_allowed_length: int | None = None
+    dry_penalty_last_n: int | None = None
+    dry_sequence_breakers: list[str] | None = None
+    repeat_last_n: int | None = None
+    dynatemp_range: float | None = None
+    dynatemp_exponent: float | None = None
+    mirostat: int | None = None
+    mirostat_tau: float | None = None
+    mirostat_eta: float | None = None
+    samplers: list[str] | None = None
+
+    def sampling_params(self, defaults: SamplingParams, **more: Any) -> SamplingParams:
+        """SamplingParams with what was given; `more` goes before it, None excepted.
+
+        Raises ParamsError for values out of range.
+        """
+        given = {name: getattr(self, name) for name in _SAME_NAME}
+        if self.structured_outputs is not None:
+            given["structured_outputs"] = self.structured_outputs.params()
+        if self.repetition_detection is not None:
+            given["repetition_detection"] = RepetitionDetectionParams(
+                **self.repetition_detection.model_dump()
+            )
+        if given["stop"] in ("", []):  # clients send these for none
+            given["stop"] = None
+        given |= more
+        return replace(defaults, **{name: value for name, value in given.items() if value is not None})
+
+
+_SAME_NAME = frozenset(SamplingFields.model_fields) - {"structured_outputs", "repetition_detection"}
+
+
+def response_format(value: dict[str, Any] | None) -> StructuredOutputsParams | None:
+    """OpenAI's `response_format` as what the text must match; None for free text.
+
+    Raises ApiError where it is malformed, ParamsError where its schema is.
+    """
+    if value is None:
+        return None
+    kind = value.get("type")
+    if kind == "text":
+        return None
+    if kind == "json_object":
+        schema = value.get("schema")  # llama.cpp's
+        return StructuredOutputsParams(json=schema) if schema else StructuredOutputsParams(json_object=True)
+    if kind == "json_schema":
+        inner = value.get("json_schema", value)
+        schema = inner.get("schema", inner.get("json_schema")) if isinstance(inner, dict) else None
+        if not isinstance(schema, dict | bool):
+            raise ApiError(
+                400,
+                "response_format of type 'json_schema' must have its schema in json_schema.schema.",
+                param="response_format",
+            )
+        return StructuredOutputsParams(json=schema)  # type: ignore[arg-type]
+    if kind == "structural_tag":
+        import json
+
+        return StructuredOutputsParams(structural_tag=json.dumps(value))
+    raise ApiError(
+        400,
+        "response_format.type must be 'text', 'json_object', 'json_schema' or 'structural_tag', "
+        f"not {str(kind)[:100]!r}.",
+        param="response_format",
+    )
