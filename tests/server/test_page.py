@@ -69,7 +69,7 @@ def test_an_answer_streams_and_outlives_a_reload(visit: Visit) -> None:
     assert (bodies[0]["temperature"], bodies[0]["max_tokens"], bodies[0]["stream"]) == (0, 120, True)
     assert "seed" not in bodies[0]
     stats = page.locator(".stats").inner_text()
-    assert re.search(r"\d+ tokens.*[\d.]+ tok/s.*first after [\d.]+ s.*prompt \d+", stats, re.S), stats
+    assert re.search(r"\d+ tokens.*[\d.]+ tok/s.*first token [\d.]+ s.*prompt \d+", stats, re.S), stats
 
     page.reload()
     expect(page.locator(".assistant .stats")).to_have_text(re.compile("tok/s"))
@@ -186,8 +186,7 @@ def test_two_conversations_are_answered_at_once(visit: Visit) -> None:
     page.keyboard.press("Escape")
     expect(page.locator("#chats .busy")).to_have_text("First")
     page.click("#chats .busy")
-    length = len(first.inner_text())
-    expect(first).to_have_text(re.compile(f".{{{length + 5}}}", re.S), timeout=30_000)
+    expect(first).not_to_have_text(first.text_content(), timeout=30_000)
 
     # Deleted while it is answered, it stays deleted.
     page.click("#chat-menu")
