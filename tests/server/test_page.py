@@ -93,7 +93,7 @@ def test_a_long_answer_is_stopped_by_key_and_by_button(visit: Visit, server: Ser
     )
     for stop in (lambda: page.keyboard.press("Escape"), lambda: page.click("#send")):
         send(page, LONG)
-        expect(page.locator(".streaming .body > .md")).to_have_text(re.compile(".{60}"), timeout=30_000)
+        expect(page.locator(".streaming .body > .md")).to_have_text(re.compile(".{60}", re.S), timeout=30_000)
         assert page.locator("#send").get_attribute("aria-label") == "Stop"
         stop()
         page.wait_for_selector(".assistant:last-child:not(.streaming)")
@@ -177,11 +177,11 @@ def test_two_conversations_are_answered_at_once(visit: Visit) -> None:
     settle(page, schema=json.dumps(LIST))
     send(page, "First")
     first = page.locator(".streaming .body > .md")
-    expect(first).to_have_text(re.compile(".{20}"), timeout=30_000)
+    expect(first).to_have_text(re.compile(".{40}", re.S), timeout=30_000)
     page.keyboard.press("Control+k")
     expect(page.locator("#empty")).to_be_visible()
     send(page, "Second")
-    expect(first).to_have_text(re.compile(".{20}"), timeout=30_000)
+    expect(first).to_have_text(re.compile(".{40}", re.S), timeout=30_000)
     assert page.locator("#chats .busy").all_inner_texts() == ["Second", "First"]
     page.keyboard.press("Escape")
     expect(page.locator("#chats .busy")).to_have_text("First")
