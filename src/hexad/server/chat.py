@@ -84,9 +84,9 @@ class Chat:
         settings, tokenizer = service.settings, service.tokenizer
         template = tokenizer.chat_template
         self._template = settings.chat_template or (template.text if template else "")
-        self.special_tokens = frozenset(map(tokenizer.token_text, tokenizer.special_ids))
+        special_tokens = set(map(tokenizer.token_text, tokenizer.special_ids))
         self.tool_format: ToolFormat = (
-            detect_tool_format(self._template, self.special_tokens)
+            detect_tool_format(self._template, special_tokens)
             if settings.tool_call_parser == "auto"
             else TOOL_FORMATS[settings.tool_call_parser]
         )
@@ -110,7 +110,7 @@ class Chat:
             priority=request.priority,
             adapt=lambda prompt, params: self._constrained(request, prompt, params),
         )
-        return ChatGeneration(self, request, names, generation, skips_special=params.skip_special_tokens)
+        return ChatGeneration(self, request, names, generation)
 
     def prompt(self, request: ChatRequest) -> TokenPrompt:
         """The conversation in the model's chat template. Raises PromptError, TokenizerError."""
@@ -160,18 +160,27 @@ class Chat:
     def _constrained(
         self, request: ChatRequest, prompt: TokenPrompt, params: SamplingParams
     ) -> SamplingParams:
-        """Params with the grammar that makes the model call, where it was told to."""
-        choice = request.tool_choice
-        if choice in ("auto", "none"):
+        """Params with the grammar that makes the model call, where it was told to, or keeps its calls to the
+        schemas, where these are strict."""
+        choice, tools, parallel = request.tool_choice, request.tools, request.parallel_tool_calls
+        opened = self.in_reasoning(prompt)
+        if choice == "auto":
+            if params.structured_outputs is not None or not any(map(_is_strict, tools)):
+                return params
+            constraint = self.tool_format.auto_constraint(
+                tools, parallel, reasoning=self.reasoning_format, starts_in_reasoning=opened
+            )
+        elif choice == "none":
             return params
-        constraint = self.tool_format.constraint(
-            request.tools,
-            choice if isinstance(choice, str) else choice["name"],
-            request.parallel_tool_calls,
-            reasoning=self.reasoning_format,
-            starts_in_reasoning=self.in_reasoning(prompt),
-        )
-        return replace(params, structured_outputs=constraint)
+        else:
+            constraint = self.tool_format.constraint(
+                tools,
+                choice if isinstance(choice, str) else choice["name"],
+                parallel,
+                reasoning=self.reasoning_format,
+                starts_in_reasoning=opened,
+            )
+        return params if constraint is None else replace(params, structured_outputs=constraint)
 
     def in_reasoning(self, prompt: TokenPrompt) -> bool:
         """Whether a prompt ends inside reasoning."""
@@ -225,8 +234,6 @@ class ChatGeneration:
         request: ChatRequest,
         names: Sequence[str],
         generation: Generation,
-        *,
-        skips_special: bool,
     ) -> None:
         self.generation = generation
         self.service = chat.service
@@ -241,7 +248,6 @@ class ChatGeneration:
                     reasoning=chat.reasoning_format,
                     starts_in_reasoning=chat.in_reasoning(self.prompt),
                     tool_names=names,
-                    special_tokens=() if skips_special else chat.special_tokens,
                 )
                 for _ in range(request.params.n)
             ]
@@ -300,6 +306,10 @@ def tool_name(tool: Mapping[str, Any]) -> str:
     if not isinstance(name, str) or not name:
         raise PromptError("Each of tools must be {'type': 'function', 'function': {'name': …, …}}.")
     return name
+
+
+def _is_strict(tool: Mapping[str, Any]) -> bool:
+    return tool["function"].get("strict") is True
 
 
 def _written_call(call: Any) -> str:
