@@ -5,9 +5,8 @@ In no API's form: OpenAI's, Anthropic's, Ollama's and the Responses are written 
 
 from __future__ import annotations
 
-import contextlib
 import json
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -259,13 +258,13 @@ class ChatGeneration:
             return "tool_calls"
         return "stop" if reason == "repetition" else reason
 
-    async def __aiter__(
-        self,
-    ) -> AsyncGenerator[tuple[RequestOutput, list[tuple[CompletionOutput, Delta]]], None]:
+    def __aiter__(self) -> ChatGeneration:
+        return self
+
+    async def __anext__(self) -> tuple[RequestOutput, list[tuple[CompletionOutput, Delta]]]:
         """(output, [(what is new of a continuation, the same text as its parts), …]). Raises ApiError."""
-        async with contextlib.aclosing(self.generation.__aiter__()) as outputs:
-            async for _, output in outputs:
-                yield output, [(completion, self._delta(completion)) for completion in output.outputs]
+        _, output = await anext(self.generation)
+        return output, [(completion, self._delta(completion)) for completion in output.outputs]
 
     async def collect(self) -> tuple[RequestOutput, list[ChatMessage]]:
         """The output and each continuation as a message. Raises ApiError."""

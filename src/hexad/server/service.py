@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import math
 import time
 import weakref
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -194,6 +195,7 @@ class Generation:
         self._reasons: list[str] = []
         self._facts = facts.get()
         self._expired = False
+        self._merged: AsyncIterator[tuple[int, Output]] | None = None
         # Weakly, for it is to end when nobody holds it any more: a stream may be dropped before it was begun.
         expire = weakref.WeakMethod(self._expire)
         loop = asyncio.get_running_loop()
@@ -244,37 +246,28 @@ class Generation:
         if self._expired:
             raise self._failure(None)
 
-    async def __aiter__(self) -> AsyncGenerator[tuple[int, RequestOutput], None]:
+    def __aiter__(self) -> Generation:
+        return self
+
+    async def __anext__(self) -> tuple[int, RequestOutput]:
         """(prompt's index, what is new of it). Raises ApiError if something fails on the way."""
-        async for index, output in self._outputs():
-            assert isinstance(output, RequestOutput)
-            for completion in output.outputs:
-                if completion.finish_reason in ("error", "abort"):
-                    raise self._failure(completion.error)
-            yield index, output
+        index, output = await self._next()
+        assert isinstance(output, RequestOutput)
+        return index, output
 
     async def collect(self) -> list[Any]:
-        """The last output of each prompt: RequestOutput, or EmbeddingRequestOutput. Raises ApiError."""
+        """The last output of each prompt: RequestOutput, or another for params of other kinds. Raises
+        ApiError."""
         results: list[Any] = [None] * len(self.streams)
-        async for index, output in self._outputs():
-            results[index] = output
-            for completion in output.outputs if isinstance(output, RequestOutput) else ():
-                if completion.finish_reason in ("error", "abort"):
-                    raise self._failure(completion.error)
+        with contextlib.suppress(StopAsyncIteration):
+            while True:
+                index, output = await self._next()
+                results[index] = output
         return results
 
     def _expire(self) -> None:
         self._expired = True
         self.close()
-
-    def _count(self, output: Output) -> None:
-        if self._first is None:
-            self._first = time.monotonic()
-        if isinstance(output, RequestOutput):
-            for completion in output.outputs:
-                self._num_generated += len(completion.token_ids)
-                if completion.finish_reason is not None:
-                    self._reasons.append(completion.finish_reason)
 
     def _failure(self, error: str | None) -> ApiError:
         if self._expired:
@@ -284,20 +277,30 @@ class Generation:
             return ApiError(503, "The request was cancelled: the server shuts down.")
         return ApiError(500, f"The model failed at this request: {error}")
 
-    async def _outputs(self) -> AsyncIterator[tuple[int, Output]]:
+    async def _next(self) -> tuple[int, Output]:
         try:
             if len(self.streams) == 1:
-                async for output in self.streams[0]:
-                    self._count(output)
-                    yield 0, output
+                index, output = 0, await anext(self.streams[0])
             else:
-                async for pair in _merged(self.streams):
-                    self._count(pair[1])
-                    yield pair
-        except HexadError as error:
-            raise (self._failure(None) if self._expired else api_error(error)) from error
-        finally:
+                if self._merged is None:
+                    self._merged = _merged(self.streams)
+                index, output = await anext(self._merged)
+        except BaseException as error:  # the end, too
             self.close()
+            if isinstance(error, HexadError):
+                raise (self._failure(None) if self._expired else api_error(error)) from error
+            raise
+        if self._first is None:
+            self._first = time.monotonic()
+        if isinstance(output, RequestOutput):
+            for completion in output.outputs:
+                self._num_generated += len(completion.token_ids)
+                if completion.finish_reason is not None:
+                    self._reasons.append(completion.finish_reason)
+                    if completion.finish_reason in ("error", "abort"):
+                        self.close()
+                        raise self._failure(completion.error)
+        return index, output
 
 
 async def _merged(streams: Sequence[Stream]) -> AsyncIterator[tuple[int, Output]]:
