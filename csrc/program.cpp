@@ -387,8 +387,8 @@ void Program::prefault() {
     for (const Memory<float>* m : {&logits_tile_, &logits_maxima_}) touch(*m, shared);
     const Scratch& s = scratch_[at(member)];
     for (const Memory<char>* m : {&s.tile, &s.dense_tile, &s.strip}) touch(*m, own);
-    for (const Memory<float>* m : {&s.rows, &s.out[0], &s.out[1], &s.attention, &s.sampler.x,
-                                   &s.sampler.maxima, &s.sampler.bounds})
+    for (const Memory<float>* m :
+         {&s.rows, &s.out[0], &s.out[1], &s.attention, &s.sampler.x, &s.sampler.maxima, &s.sampler.bounds})
       touch(*m, own);
     touch(s.sampler.list, own);
     touch(s.sampler.marks, own);

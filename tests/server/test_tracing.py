@@ -1,4 +1,4 @@
-"""Traces: which spans a request leaves. OpenTelemetry itself is played by stand-ins that note what they get."""
+"""Traces: which spans a request leaves. Stand-ins for OpenTelemetry note what they get."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hexad.errors import ConfigError
 from hexad.server.tracing import Tracer
 
 LOG = {
-    "method": "POST", "path": "/v1/completions", "status": 200, "seconds": 0.5, "client": "10.0.0.1", "model": "m",
+    "method": "POST", "path": "/v1/completions", "status": 200, "seconds": 0.5, "model": "m",
     "prompt_tokens": 3, "completion_tokens": 4, "finish_reasons": ["stop"], "time_to_first_token": 0.1,
 }  # fmt: skip
 
@@ -60,7 +60,7 @@ def sent(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         "sdk.trace.export": {"BatchSpanProcessor": lambda exporter: exporter},
         "exporter.otlp.proto.http.trace_exporter": {"OTLPSpanExporter": lambda endpoint: endpoint},
     }
-    for name, attributes in modules.items():
+    for name in modules:
         parts = f"opentelemetry.{name}".split(".")
         for i in range(1, len(parts)):
             monkeypatch.setitem(sys.modules, ".".join(parts[:i]), ModuleType(".".join(parts[:i])))
