@@ -230,6 +230,10 @@ def serve(
         int | None, typer.Option(help="Sequences that may wait; more are refused (429). 1024.")
     ] = None,
     max_n: Annotated[int | None, typer.Option(help="Most continuations of one request; 128.")] = None,
+    max_stored_responses: Annotated[
+        int | None, typer.Option(help="Most responses kept for /v1/responses; 1024.")
+    ] = None,
+    max_stored_mib: Annotated[float | None, typer.Option(help="Memory for them in MiB; 64.")] = None,
     max_body_mib: Annotated[float | None, typer.Option(help="Longest body of a request; 16.")] = None,
     request_timeout: Annotated[float | None, typer.Option(help="Longest request in seconds; 600.")] = None,
     timeout_graceful: Annotated[

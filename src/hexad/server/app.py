@@ -14,15 +14,19 @@ from starlette.responses import Response
 from starlette.types import ASGIApp
 
 from hexad import __version__
-from hexad.server import openai, operations
+from hexad.server import anthropic, embeddings, openai, operations, responses
 from hexad.server.chat import Chat
 from hexad.server.errors import ApiError
 from hexad.server.http import ErrorBody, Gate, JSONResponse
+from hexad.server.response_store import ResponseStore
 from hexad.server.settings import ServerSettings
 
 PAGE = Path(__file__).with_name("web") / "index.html"
 
-_APIS: tuple[tuple[str, ErrorBody], ...] = (("", openai.error_body),)
+_APIS: tuple[tuple[str, ErrorBody], ...] = (
+    ("/v1/messages", anthropic.error_body),
+    ("", openai.error_body),
+)
 """Prefixes of paths, the longest first, and how errors are written below them."""
 
 _OPEN = frozenset({"/", "/health", "/ping", "/version", "/favicon.ico"})
@@ -75,8 +79,9 @@ def create_app(settings: ServerSettings, state: State) -> ASGIApp:
         },
     )
     app.state.server = state
-    for router in (operations.router, openai.router):
-        app.include_router(router)
+    app.state.responses = ResponseStore(settings.max_stored_responses, int(settings.max_stored_mib * 2**20))
+    for door in (operations, openai, embeddings, responses, anthropic):
+        app.include_router(door.router)
 
     @app.get("/", include_in_schema=False)
     async def page() -> Response:

@@ -31,7 +31,10 @@ ErrorBody = Callable[[ApiError], Mapping[str, Any]]
 
 def encode(value: object) -> bytes:
     """A value as compact JSON."""
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
+    try:
+        return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
+    except UnicodeEncodeError:  # half of a surrogate pair, in what a client gave and gets back
+        return json.dumps(value, separators=(",", ":")).encode()
 
 
 class JSONResponse(Response):
@@ -162,7 +165,8 @@ class Gate:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [*message["headers"], (b"x-request-id", name.encode("latin-1"))]
+                own = name.encode("latin-1")  # the second is Anthropic's name for it
+                message["headers"] = [*message["headers"], (b"x-request-id", own), (b"request-id", own)]
             await send(message)
 
         path = scope["path"].removeprefix(scope.get("root_path", "")) or "/"

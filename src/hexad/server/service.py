@@ -12,9 +12,9 @@ from typing import Any
 
 from hexad.async_llm import AsyncLLM
 from hexad.engine.async_engine import Output, Params, Stream
-from hexad.errors import HexadError, PromptError
-from hexad.outputs import EmbeddingRequestOutput, RequestOutput
-from hexad.params import PoolingParams, RequestOutputKind, SamplingParams
+from hexad.errors import HexadError, ParamsError, PromptError
+from hexad.outputs import BeamSearchOutput, CompletionOutput, EmbeddingRequestOutput, RequestOutput
+from hexad.params import BeamSearchParams, PoolingParams, RequestOutputKind, SamplingParams
 from hexad.prompts import Prompt, PromptReader, TokenPrompt
 from hexad.server.errors import ApiError, api_error
 from hexad.server.settings import ServerSettings
@@ -78,7 +78,7 @@ class Service:
         stream: bool,
         priority: int = 0,
         generate: bool = True,
-        adapt: Callable[[TokenPrompt, SamplingParams], SamplingParams] | None = None,
+        adapt: Callable[[TokenPrompt, SamplingParams], Params] | None = None,
     ) -> Generation:
         """Queues requests, one per prompt that `read` returns, and gives back what will come of them.
 
@@ -99,7 +99,7 @@ class Service:
         def prepare() -> list[tuple[TokenPrompt, Params]]:
             prepared = []
             for prompt in read():
-                own = params
+                own: Params = params
                 if adapt is not None and isinstance(params, SamplingParams):
                     own = adapt(prompt, params)
                 engine.check(prompt.token_ids, own, generate=generate)
@@ -138,6 +138,26 @@ class Service:
         outputs = await generation.collect()
         assert all(isinstance(output, EmbeddingRequestOutput) for output in outputs)
         return outputs
+
+    def beam_search(
+        self, prompt: TokenPrompt, params: SamplingParams, length_penalty: float
+    ) -> BeamSearchParams:
+        """A search with params.n beams in place of drawing; most of `params` means nothing to it, as in vLLM.
+
+        Raises ParamsError for what would be missed in its results.
+        """
+        for field in ("logprobs", "prompt_logprobs", "stop"):
+            if getattr(params, field) is not None:
+                raise ParamsError(f"{field} must be left out of a beam search: it has none.")
+        room = max(1, self.max_model_len - len(prompt.token_ids))
+        return BeamSearchParams(
+            beam_width=params.n,
+            max_tokens=room if params.max_tokens is None else params.max_tokens,
+            ignore_eos=params.ignore_eos,
+            length_penalty=length_penalty,
+            include_stop_str_in_output=params.include_stop_str_in_output,
+            structured_outputs=params.structured_outputs,
+        )
 
     def reserve(self, count: int) -> None:
         """Takes places for sequences. Raises ApiError 429 where there are not so many, 400 where there never
@@ -211,10 +231,13 @@ class Generation:
             yield index, output
 
     async def collect(self) -> list[Any]:
-        """The last output of each prompt: RequestOutput, or EmbeddingRequestOutput. Raises ApiError."""
+        """The last output of each prompt: RequestOutput, which beams become, too, best first; or
+        EmbeddingRequestOutput. Raises ApiError."""
         results: list[Any] = [None] * len(self.streams)
         async for index, output in self._outputs():
             results[index] = output
+            if isinstance(output, BeamSearchOutput):
+                results[index] = _beams(self.streams[index].request_id, self.prompts[index], output)
             for completion in output.outputs if isinstance(output, RequestOutput) else ():
                 if completion.finish_reason in ("error", "abort"):
                     raise self._failure(completion.error)
@@ -222,8 +245,7 @@ class Generation:
 
     def _expire(self) -> None:
         self._expired = True
-        for stream in self.streams:
-            stream.close()
+        self.close()
 
     def _failure(self, error: str | None) -> ApiError:
         if self._expired:
@@ -245,6 +267,18 @@ class Generation:
             raise (self._failure(None) if self._expired else api_error(error)) from error
         finally:
             self.close()
+
+
+def _beams(request_id: str, prompt: TokenPrompt, output: BeamSearchOutput) -> RequestOutput:
+    """Beams in the form of continuations."""
+    num_prompt = len(prompt.token_ids)
+    completions = [
+        CompletionOutput(
+            i, beam.text, beam.tokens[num_prompt:], beam.cum_logprob, finish_reason=beam.finish_reason
+        )
+        for i, beam in enumerate(output.sequences)
+    ]
+    return RequestOutput(request_id, prompt.text, prompt.token_ids, completions, finished=True)
 
 
 async def _merged(streams: Sequence[Stream]) -> AsyncIterator[tuple[int, Output]]:
