@@ -190,6 +190,10 @@ def test_thinking(strict_client: anthropic.Anthropic) -> None:
     assert text_of(final) == "Yes."
     hidden = strict_client.messages.create(**given, thinking={"type": "disabled"})
     assert [block.type for block in hidden.content] == ["text"]
+    budget: Any = {"type": "enabled", "budget_tokens": 16}
+    assert strict_client.messages.create(
+        model=MODEL, max_tokens=4, messages=QUESTION, thinking=budget
+    ).content
     back: Any = [*QUESTION, {"role": "assistant", "content": whole.content}, *QUESTION]
     assert strict_client.messages.create(model=MODEL, max_tokens=2, messages=back).content
 

@@ -95,6 +95,26 @@ def test_echo_logprobs(client: openai.OpenAI) -> None:
     assert none.choices[0].logprobs.tokens == echo.logprobs.tokens[-3:]
 
 
+@pytest.mark.parametrize(
+    ("wrong", "param"),
+    [
+        ({"best_of": 3}, "best_of"),
+        ({"suffix": "the end"}, "suffix"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"prompt": []}, "prompt"),
+        ({"prompt": [1.5]}, "prompt"),
+        ({"logprobs": 21}, "logprobs"),
+        ({"structured_outputs": {"regex": "("}}, None),
+        ({"structured_outputs": {"regex": "a", "choice": ["b"]}}, None),
+        ({"logit_bias": {"99999": 1}}, "logit_bias"),
+    ],
+)
+def test_completions_refused(client: openai.OpenAI, wrong: dict[str, Any], param: str | None) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.completions.create(model=MODEL, prompt="x", extra_body=wrong)
+    assert caught.value.param == param
+
+
 def test_stop_reason(client: openai.OpenAI) -> None:
     given: Any = {"model": MODEL, "prompt": "One, two, three, four,", "temperature": 0, "max_tokens": 12}
     stopped = client.completions.create(**given, stop=["six", "xyz"]).choices[0]

@@ -23,6 +23,8 @@ def conversation(
             last = turns[-1] if turns else {}
             if turn["role"] == last.get("role") != "tool":
                 last["content"] = "\n".join(text for text in (last["content"], turn["content"]) if text)
+                if reasoning := turn.get("reasoning_content"):
+                    last["reasoning_content"] = last.get("reasoning_content", "") + reasoning
                 if calls := turn.get("tool_calls"):
                     last.setdefault("tool_calls", []).extend(calls)
             else:

@@ -91,6 +91,7 @@ def create_app(settings: ServerSettings, state: State) -> ASGIApp:
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _refused)
     app.add_exception_handler(ApiError, _failed)
+    app.add_exception_handler(Exception, _broke)
     app.openapi = _with_our_errors(app.openapi)  # type: ignore[method-assign]
     if settings.cors:
         app.add_middleware(
@@ -119,6 +120,13 @@ def _write(request: Request, error: ApiError) -> Response:
 async def _failed(request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
     return _write(request, error)
+
+
+async def _broke(request: Request, error: Exception) -> Response:
+    """What nobody foresaw, in the API's form; the gate logs it."""
+    if isinstance(error, RecursionError):
+        return _write(request, ApiError(400, "The body nests too deep."))
+    return _write(request, ApiError(500, "The server failed at this request; its log says why."))
 
 
 async def _refused(request: Request, error: Exception) -> Response:

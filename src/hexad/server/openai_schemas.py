@@ -50,6 +50,7 @@ class CompletionRequest(GenerationBody):
     logprobs: int | None = None
     echo: bool | None = False
     suffix: str | None = None
+    best_of: int | None = None
 
 
 class ChatCompletionRequest(GenerationBody):
