@@ -104,7 +104,7 @@ def test_echo_logprobs(client: openai.OpenAI) -> None:
         ({"prompt": []}, "prompt"),
         ({"prompt": [1.5]}, "prompt"),
         ({"logprobs": 21}, "logprobs"),
-        ({"structured_outputs": {"regex": "("}}, None),
+        ({"structured_outputs": {"regex": "("}}, "structured_outputs"),
         ({"structured_outputs": {"regex": "a", "choice": ["b"]}}, None),
         ({"logit_bias": {"99999": 1}}, "logit_bias"),
     ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -303,6 +304,28 @@ def test_full_and_late(strict_client: openai.OpenAI) -> None:
     assert last.response.status == "failed"
     assert last.response.error is not None
     assert "3 seconds" in last.response.error.message
+
+
+def test_hanging_up_ends_it(strict_client: openai.OpenAI) -> None:
+    """The only place is free again, long before the time that a request may take."""
+    given: Any = {"model": MODEL, "input": QUESTION, "extra_body": {"ignore_eos": True}}
+
+    def wait() -> None:
+        deadline = time.monotonic() + 2
+        while True:
+            try:
+                strict_client.responses.create(model=MODEL, input="Hi", max_output_tokens=1)
+                return
+            except openai.RateLimitError:
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+
+    with strict_client.responses.create(**given, stream=True) as stream:
+        next(stream)
+    wait()
+    with pytest.raises(openai.APITimeoutError):
+        strict_client.responses.create(**given, timeout=0.3)
+    wait()
 
 
 @pytest.mark.parametrize(

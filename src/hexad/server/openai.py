@@ -62,9 +62,7 @@ async def completions(request: Request, body: CompletionRequest) -> Response:
     if body.suffix:
         raise ApiError(400, "suffix is not supported here; /infill fills text in.", param="suffix")
     if body.best_of not in (None, body.n or 1):
-        raise ApiError(
-            400, "best_of is not supported here; use_beam_search finds the n best.", param="best_of"
-        )
+        raise ApiError(400, "best_of is not supported; use_beam_search finds the n best.", param="best_of")
     generate = body.max_tokens != 0
     if not generate and not body.echo:
         raise ApiError(400, "max_tokens must be at least 1, or 0 with echo.", param="max_tokens")
