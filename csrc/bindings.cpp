@@ -206,6 +206,7 @@ NB_MODULE(_native, m) {
       .def("op_take_rows", &Program::op_take_rows, "x"_a, "out"_a)
       .def("op_logits", &Program::op_logits, "x"_a, "norm"_a, "eps"_a, "weight"_a)
       .def("seal", &Program::seal)
+      .def("prefault", &Program::prefault, nb::call_guard<nb::gil_scoped_release>())
       .def("forward", &forward, "tokens"_a.noconvert(), "row_starts"_a.noconvert(), "starts"_a.noconvert(),
            "block_tables"_a.noconvert(), "sample_rows"_a.noconvert())
       .def("logits", &logits, "out"_a.noconvert())

@@ -354,6 +354,48 @@ void Program::seal() {
   sealed_ = true;
 }
 
+namespace {
+
+// Has `loop` take the pages of memory in runs; what they hold stays.
+template <class T, class Loop>
+void touch(const Memory<T>& memory, Loop&& loop) {
+  constexpr size_t kPage = 4096, kRun = size_t{1} << 21;
+  const size_t bytes = memory ? memory.get_deleter().bytes : 0;
+  volatile char* const data = reinterpret_cast<char*>(memory.get());
+  loop((bytes + kRun - 1) / kRun, [=](int64_t run) {
+    const size_t begin = at(run) * kRun, end = std::min(begin + kRun, bytes);
+    for (size_t i = begin; i < end; i += kPage) data[i] = data[i];
+  });
+}
+
+}  // namespace
+
+void Program::prefault() {
+  require(sealed_, "a program is prefaulted once it is sealed");
+  const Busy busy(busy_);
+  team_.run([&](int member) {
+    const auto shared = [&](size_t runs, auto&& body) {
+      team_.loop(member, static_cast<int64_t>(runs), body);
+    };
+    const auto own = [](size_t runs, auto&& body) {
+      for (size_t run = 0; run < runs; ++run) body(static_cast<int64_t>(run));
+    };
+    touch(cache_.data, shared);
+    for (const Buffer& b : buffers_) touch(b.data, shared);
+    for (const Rope& r : ropes_) touch(r.table, shared);
+    for (const Memory<char>* m : {&quantised_tiles_, &dense_tiles_}) touch(*m, shared);
+    for (const Memory<float>* m : {&logits_tile_, &logits_maxima_}) touch(*m, shared);
+    const Scratch& s = scratch_[at(member)];
+    for (const Memory<char>* m : {&s.tile, &s.dense_tile, &s.strip}) touch(*m, own);
+    for (const Memory<float>* m : {&s.rows, &s.out[0], &s.out[1], &s.attention, &s.sampler.x,
+                                   &s.sampler.maxima, &s.sampler.bounds})
+      touch(*m, own);
+    touch(s.sampler.list, own);
+    touch(s.sampler.marks, own);
+    touch(s.sampler.masses, own);
+  });
+}
+
 int64_t Program::vocab() const {
   require(head_weight_ >= 0, "the program has no logits");
   return weight(head_weight_).rows;

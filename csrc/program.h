@@ -120,6 +120,8 @@ class Program {
   void op_take_rows(int x, int out);
   void op_logits(int x, int norm, float eps, int weight);
   void seal();
+  // Touches the cache and all working memory, so that none of it is first taken while it runs.
+  void prefault();
 
   // Running: one call at a time; a second one at once throws std::logic_error.
   void forward(const BatchView& batch);

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import math
+from typing import Any
 
 from hexad.config import BLOCK_TOKENS
 from hexad.engine.step import ScheduledStep, SequenceSpec, StepCost, StepResult, TokenLogprobs
@@ -181,6 +182,20 @@ class FakeExecutor:
     @staticmethod
     def _slot(block_table: list[int], position: int) -> int:
         return block_table[position // BLOCK_TOKENS] * BLOCK_TOKENS + position % BLOCK_TOKENS
+
+
+class ScriptedExecutor(FakeExecutor):
+    """Has every sequence say the same tokens, `script`, whatever its prompt; and the last of them again after
+    it."""
+
+    def __init__(self, script: list[int], **settings: Any) -> None:
+        super().__init__(**settings)
+        self.script = script
+
+    def _sample(self, step: ScheduledStep, i: int, sequence_id: int, result: StepResult) -> list[int]:
+        generated = step.starts[i] + step.counts[i] - len(self.specs[sequence_id].prompt_token_ids)
+        scripted = self.script[min(generated, len(self.script) - 1)]
+        return [scripted for _ in super()._sample(step, i, sequence_id, result)]
 
 
 class FakeStream:

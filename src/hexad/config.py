@@ -33,6 +33,7 @@ class EngineConfig:
     enable_prefix_caching: keep the KV of finished sequences for others that begin alike.
     kv_cache_gib, kv_cache_tokens: memory for the KV cache in GiB, or the tokens it is to hold; at most one of
         them. Both None leave it to the plan.
+    prefault: take the memory of the KV cache and the workspace at once, instead of as it is used.
     max_logprobs: most logprobs a request may ask for per position; -1 allows the whole vocabulary.
     threads: CPU threads, at most what affinity and the cgroup quota allow; None takes all of these.
     seed: seeds the requests that bring no seed of their own; None draws one.
@@ -50,6 +51,7 @@ class EngineConfig:
     enable_prefix_caching: bool = True
     kv_cache_gib: float | None = None
     kv_cache_tokens: int | None = None
+    prefault: bool = False
     max_logprobs: int = 20
     threads: int | None = None
     seed: int | None = None
@@ -60,6 +62,7 @@ class EngineConfig:
             ("kv_dtype", ("auto", "f32", "f16", "q8")),
             ("scheduling_policy", ("fcfs", "priority")),
             ("enable_prefix_caching", (True, False)),
+            ("prefault", (True, False)),
         ):
             check_choice(ConfigError, field, getattr(self, field), choices)
         for field in (

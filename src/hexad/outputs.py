@@ -68,6 +68,17 @@ class RequestMetrics:
         """Seconds until it was first scheduled."""
         return None if self.first_scheduled_time is None else self.first_scheduled_time - self.arrival_time
 
+    def copy(self) -> RequestMetrics:
+        """Like `dataclasses.replace`, in a seventh of the time: each streamed token brings one."""
+        return RequestMetrics(
+            self.arrival_time,
+            self.first_scheduled_time,
+            self.first_token_time,
+            self.last_token_time,
+            self.finished_time,
+            self.num_preemptions,
+        )
+
 
 @dataclass(slots=True)
 class RequestOutput:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+from tests.server.browser import browser as browser
+from tests.server.browser import visit as visit
 from tests.server.process import ServerProcess
 
 KEY = "a-key-of-the-tests"

@@ -40,7 +40,8 @@ MAY_IMPORT = {
     "llm": "loader prompts engine checkpoint placement rich",
     "async_llm": "loader prompts engine checkpoint placement",
     "": "errors config params outputs llm async_llm",
-    "server": "async_llm loader prompts engine checkpoint fastapi starlette uvicorn pydantic prometheus_client",
+    "server": "async_llm loader prompts engine checkpoint fastapi starlette uvicorn pydantic"
+    " prometheus_client",
     "cli": "llm server engine checkpoint models graph placement backends runner typer rich matplotlib",
     "__main__": "cli",
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from itertools import pairwise
 from typing import get_args
 
@@ -141,3 +142,11 @@ def test_a_snapshot_stays_as_it_was() -> None:
     stats.steps += 1
     stats.inter_token_latency.observe(0.01, 5)
     assert before == EngineStats().snapshot(num_running=0, num_waiting=0, kv_used_fraction=0.0)
+
+
+def test_a_copy_of_times_has_them_all() -> None:
+    times = RequestMetrics(**{field.name: i for i, field in enumerate(fields(RequestMetrics))})  # type: ignore[arg-type]
+    copied = times.copy()
+    assert copied == times
+    copied.num_preemptions += 1
+    assert copied != times

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
@@ -430,3 +431,27 @@ def test_kv_block_bytes() -> None:
     assert ReferenceBackend().kv_block_bytes(graph, "q8") == 3 * 2 * 2 * 32 * (40 + 4)
     assert CpuBackend().kv_block_bytes(fuse(graph), "f32") == 3 * 2 * 2 * 32 * 64 * 4
     assert ReferenceBackend().kv_block_bytes(graph, "f32") == 3 * 2 * 2 * 32 * 40 * 4
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_prefault_takes_the_planned_memory_at_once() -> None:
+    before = resident()
+    pool = 96 * 2**20
+    lazy = make_runner(backend="cpu", kv_cache_gib=pool / 2**30)
+    assert resident() - before < pool / 2
+    after_lazy = resident()
+    runner = make_runner(backend="cpu", kv_cache_gib=pool / 2**30, max_num_batched_tokens=4096, prefault=True)
+    held = resident()
+    assert held - after_lazy >= 0.98 * (runner.plan.kv_bytes + runner.plan.workspace_bytes)
+    generate(runner, spec(0), 20)
+    assert resident() - held < 4 * 2**20  # what steps touch of it is there already
+    lazy.close()
+    runner.close()
+    assert resident() < held - 0.9 * pool
+
+
+def resident() -> int:
+    """Bytes of anonymous memory this process has in RAM."""
+    gc.collect()
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return 1024 * int(re.search(r"RssAnon:\s+(\d+)", status)[1])  # type: ignore[index]

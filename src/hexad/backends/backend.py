@@ -31,11 +31,13 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class CompileOptions:
-    """How numbers are computed and stored; see EngineConfig. threads: None takes what the machine allows."""
+    """How numbers are computed and stored; see EngineConfig. threads: None takes what the machine allows.
+    prefault: take all memory at once, instead of as it is used."""
 
     compute: Literal["int8", "float"] = "int8"
     kv_dtype: CacheDtype = "f16"
     threads: int | None = None
+    prefault: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ bytes read as UTF-8, so that a streamed text is the whole text by construction.
 from __future__ import annotations
 
 import codecs
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
@@ -17,6 +18,10 @@ from hexad.errors import PromptError, TokenizerError
 
 if TYPE_CHECKING:
     import tokenizers
+
+# One text is encoded at a time: the library's threads would do nothing but warn of forks. It looks here at
+# each call.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 """Token types of GGUF. Unknown, control and user-defined tokens are looked for in a text before it is split
@@ -179,7 +184,11 @@ class Tokenizer:
         if add_special_tokens is not None:
             add_special = add_special_tokens
         try:
-            ids: list[int] = self._encoder.encode(text, add_special_tokens=add_special).ids
+            if not isinstance(text, str):
+                raise TypeError
+            # A batch of one: unlike `encode`, it lets other threads run meanwhile, and is twice as fast.
+            (encoded,) = self._encoder.encode_batch_fast([text], add_special_tokens=add_special)
+            ids: list[int] = encoded.ids
         except (TypeError, UnicodeError) as error:
             what = "has unpaired surrogates" if isinstance(text, str) else f"is {type(text).__name__}"
             raise PromptError(f"A prompt must be a string of valid Unicode; this one {what}.") from error

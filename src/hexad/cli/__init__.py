@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import io
+import math
 import os
 import sys
 from collections.abc import Iterator
@@ -209,6 +210,10 @@ def serve(
         bool | None, typer.Option(help="Whether requests share what is computed.")
     ] = None,
     scheduling_policy: Annotated[str | None, typer.Option(help="fcfs or priority.")] = None,
+    prefault: Annotated[
+        bool | None,
+        typer.Option("--prefault", help="Take the memory of the KV cache and the workspace at once."),
+    ] = None,
     threads: Threads = None,
     compute: Annotated[str | None, typer.Option(help="int8 or float.")] = None,
     kv_dtype: Annotated[str | None, typer.Option(help="auto, f32, f16 or q8.")] = None,
@@ -235,6 +240,8 @@ def serve(
     ] = None,
     max_stored_mib: Annotated[float | None, typer.Option(help="Memory for them in MiB; 64.")] = None,
     max_body_mib: Annotated[float | None, typer.Option(help="Longest body of a request; 16.")] = None,
+    max_grammar_kib: Annotated[float | None, typer.Option(help="Longest grammar or schema; 256.")] = None,
+    body_timeout: Annotated[float | None, typer.Option(help="Seconds in which a body must come; 60.")] = None,
     request_timeout: Annotated[float | None, typer.Option(help="Longest request in seconds; 600.")] = None,
     timeout_graceful: Annotated[
         float | None, typer.Option(help="Seconds for what runs to end after SIGTERM; 30.")
@@ -310,6 +317,14 @@ WorkloadSeed = Annotated[int, typer.Option(help="Of the random tokens and length
 MaxNumBatchedTokens = Annotated[int | None, typer.Option(help="Most tokens in one step.")]
 MaxStepMs = Annotated[float | None, typer.Option(help="Longest step while streams run, in ms.")]
 KVCacheGib = Annotated[float | None, typer.Option(help="Memory for the KV cache in GiB.")]
+RandomRangeRatio = Annotated[
+    float, typer.Option(min=0, max=1, help="Draw lengths from ± this fraction of the two.")
+]
+PrefixLen = Annotated[int, typer.Option(min=0, help="Tokens that all prompts begin with, before their own.")]
+Dataset = Annotated[
+    Path | None,
+    typer.Option(help='Prompts instead: lines of text, or of JSON with "prompt" and perhaps "output_len".'),
+]
 JsonFile = Annotated[Path | None, typer.Option(help="Write the figures to this file, too; - is stdout.")]
 PlotFile = Annotated[Path | None, typer.Option(help="Draw them to this file (needs hexad\\[plot]).")]
 
@@ -322,18 +337,9 @@ def throughput(
     ] = None,
     input_len: InputLen = None,
     output_len: OutputLen = None,
-    random_range_ratio: Annotated[
-        float, typer.Option(min=0, max=1, help="Draw lengths from ± this fraction of the two.")
-    ] = 0.0,
-    prefix_len: Annotated[
-        int, typer.Option(min=0, help="Tokens that all prompts begin with, before their own.")
-    ] = 0,
-    dataset: Annotated[
-        Path | None,
-        typer.Option(
-            help='Prompts instead: lines of text, or of JSON with "prompt" and perhaps "output_len".'
-        ),
-    ] = None,
+    random_range_ratio: RandomRangeRatio = 0.0,
+    prefix_len: PrefixLen = 0,
+    dataset: Dataset = None,
     seed: WorkloadSeed = 0,
     json: JsonFile = None,
     plot: PlotFile = None,
@@ -406,6 +412,89 @@ def latency(
         **_settings(threads, max_model_len, compute, kv_dtype),
     )
     latency(model, settings, workload, Output(json, plot), iters=iters, warmup=warmup)
+
+
+@bench.command("serve")
+def serving(
+    base_url: Annotated[
+        str, typer.Option(help="Where the server is: http://…, https://… or unix:PATH of its socket.")
+    ] = "http://127.0.0.1:8000",
+    endpoint: Annotated[
+        str, typer.Option(help="/v1/completions, or /v1/chat/completions for messages.")
+    ] = "/v1/completions",
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="Its name there; the first listed if left out.")
+    ] = None,
+    api_key: Annotated[
+        str | None, typer.Option(envvar="OPENAI_API_KEY", help="Sent as bearer token.")
+    ] = None,
+    num_prompts: Annotated[
+        int | None, typer.Option(min=1, help="Requests; 64, or all of the dataset.")
+    ] = None,
+    request_rate: Annotated[
+        float, typer.Option(help="Requests per second, on average; inf sends all at once.")
+    ] = math.inf,
+    burstiness: Annotated[
+        float, typer.Option(help="1 is a Poisson process, less comes in bursts, more evenly.")
+    ] = 1.0,
+    max_concurrency: Annotated[int | None, typer.Option(min=1, help="Most requests under way.")] = None,
+    input_len: InputLen = None,
+    output_len: OutputLen = None,
+    random_range_ratio: RandomRangeRatio = 0.0,
+    prefix_len: PrefixLen = 0,
+    dataset: Dataset = None,
+    seed: WorkloadSeed = 0,
+    vocab_size: Annotated[
+        int, typer.Option(min=2, help="Random prompts are of token ids below; messages, of words.")
+    ] = 32_000,
+    ignore_eos: Annotated[
+        bool, typer.Option("--ignore-eos", help="Ask for answers of full length, where servers can.")
+    ] = False,
+    temperature: Temperature = 0.0,
+    extra_body: Annotated[
+        str | None, typer.Option(metavar="JSON", help="An object of more fields for each request.")
+    ] = None,
+    goodput: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="BOUNDS", help="Count requests within these, in ms, as in ttft:200,tpot:50,e2el:5000."
+        ),
+    ] = None,
+    metric_percentiles: Annotated[str, typer.Option(help="Of all times.")] = "90,99",
+    warmup: Annotated[int, typer.Option(min=0, help="Requests before the measured ones.")] = 2,
+    timeout: Annotated[float, typer.Option(min=0.001, help="Seconds a request may take.")] = 3600.0,
+    json: JsonFile = None,
+    plot: PlotFile = None,
+) -> None:
+    """Put a load on any OpenAI server: how soon, how fast and how evenly it answers.
+
+    Requests come at times of their own, whether others are answered or not.
+    Lengths are 128 tokens in and at most 128 out, if left out.
+    """
+    from hexad.cli.bench import Output
+    from hexad.cli.bench_serve import Load, Requests, Target, parse_goodput, parse_percentiles, serve
+    from hexad.cli.bench_workload import Workload
+
+    serve(
+        Target(base_url=base_url, endpoint=endpoint, model=model, api_key=api_key, timeout=timeout),
+        Load(request_rate=request_rate, burstiness=burstiness, max_concurrency=max_concurrency),
+        Workload(
+            num_prompts=num_prompts,
+            input_len=input_len,
+            output_len=output_len,
+            range_ratio=random_range_ratio,
+            prefix_len=prefix_len,
+            dataset=dataset,
+            seed=seed,
+        ),
+        Requests(
+            temperature=temperature, ignore_eos=ignore_eos, extra_body=extra_body, vocab_size=vocab_size
+        ),
+        Output(json, plot),
+        warmup=warmup,
+        bounds=parse_goodput(goodput or []),
+        percents=parse_percentiles(metric_percentiles),
+    )
 
 
 def _bench_settings(

@@ -7,6 +7,7 @@ import platform
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -45,8 +46,11 @@ class Output:
             if file not in (None, STDOUT) and not file.parent.is_dir():
                 raise ConfigError(f"{file} cannot be written: there is no folder {file.parent}.")
 
-    def write(self, record: Mapping[str, Any], runs: Sequence[Run], lines: Sequence[str]) -> None:
-        """Writes everything; the files first, in case stdout cannot take the table."""
+    def write(
+        self, record: Mapping[str, Any], lines: Sequence[str], plot: Callable[[str, str, Path], None]
+    ) -> None:
+        """Writes everything; the files first, in case stdout cannot take the table. plot: draws to a path,
+        given a title and a subtitle, which are the first two lines."""
         text = json.dumps(record, indent=2)
         if self.json_file is not None and self.json_file != STDOUT:
             try:
@@ -57,7 +61,7 @@ class Output:
                 ) from error
         if self.plot_file is not None:
             title, subtitle, *_ = lines
-            bench_plot.plot(runs, title, subtitle, self.plot_file)
+            plot(title, subtitle, self.plot_file)
         stdout: TextIO = sys.stdout
         if self.json_file == STDOUT:
             print(text)
@@ -91,7 +95,7 @@ def throughput(model: str, settings: Mapping[str, Any], workload: Workload, outp
     lines = [
         f"{model}: {len(jobs)} requests, {_lengths(jobs)}",
         str(machine),
-        *_speeds(
+        *speeds(
             found, ("output_tok_s", "limit_output_tok_s"), ("total_tok_s", None), ("requests_per_s", None)
         ),
         f"{'prefix cache':<16}{found['cached_tokens']:>10,} of {found['prompt_tokens']:,} prompt tokens",
@@ -104,7 +108,7 @@ def throughput(model: str, settings: Mapping[str, Any], workload: Workload, outp
         "figures": found,
         "requests": _requests(done),
     }
-    output.write(record, [done], lines)
+    output.write(record, lines, partial(bench_plot.plot, [done]))
 
 
 def latency(
@@ -146,7 +150,7 @@ def latency(
     lines = [
         f"{model}: batches of {len(jobs)}, {_lengths(jobs)}, {iters} times",
         str(machine),
-        *_speeds(found, ("prefill_tok_s", "limit_prefill_tok_s"), ("decode_tok_s", "limit_decode_tok_s")),
+        *speeds(found, ("prefill_tok_s", "limit_prefill_tok_s"), ("decode_tok_s", "limit_decode_tok_s")),
         *_spreads(found, "batch"),
     ]
     record = {
@@ -162,7 +166,7 @@ def latency(
         "figures": found,
         "batch_seconds": [r.seconds for r in runs],
     }
-    output.write(record, runs, lines)
+    output.write(record, lines, partial(bench_plot.plot, runs))
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,7 +191,7 @@ class Machine:
         cost = step_numbers(graph, graph.weights, kv_dtype=llm.config.resolved_kv_dtype)
         hardware = probe(llm.config.threads, rates=True)
         threads = min(llm.config.threads or hardware.cpus, hardware.cpus)
-        return cls(_cpu_name(), threads, hardware, cost)
+        return cls(cpu_name(), threads, hardware, cost)
 
     def least_seconds(self, needed: Work) -> float:
         """The least time that work takes here."""
@@ -285,7 +289,8 @@ _NAMES = {
 }
 
 
-def _speeds(found: Mapping[str, float], *pairs: tuple[str, str | None]) -> list[str]:
+def speeds(found: Mapping[str, float], *pairs: tuple[str, str | None]) -> list[str]:
+    """A line for each of these figures that there is, with the limit named beside it, if any."""
     lines = []
     for key, limit in pairs:
         if key in found:
@@ -315,7 +320,7 @@ def _lengths(jobs: Sequence[Job]) -> str:
     return "{} tokens in, {} out".format(*ranges)
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
     """The processor's name; on Linux the kernel's, which Python does not pass on."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,20 +35,54 @@ def check(path: Path) -> None:
 def plot(runs: Sequence[Run], title: str, subtitle: str, path: Path) -> None:
     """Writes the picture, in the format that the path's ending names. Of several runs the upper part shows
     the last. Raises ConfigError where it cannot be written."""
+    seconds = latencies(runs)
+    _draw(partial(_draw_speed, run=runs[-1]), seconds["ttft"], seconds["itl"], title, subtitle, path)
+
+
+def plot_arrivals(
+    arrivals: Sequence[tuple[float, float]],
+    ttft: Sequence[float],
+    itl: Sequence[float],
+    title: str,
+    subtitle: str,
+    path: Path,
+) -> None:
+    """Like `plot`, of (when, how many) tokens that arrived from a server."""
+    _draw(partial(_draw_arrivals, arrivals=arrivals), ttft, itl, title, subtitle, path)
+
+
+def _draw(
+    draw_speed: Callable[[Axes], None],
+    ttft: Sequence[float],
+    itl: Sequence[float],
+    title: str,
+    subtitle: str,
+    path: Path,
+) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 7), dpi=150, layout="constrained")
     figure.suptitle(title, fontsize=13, fontweight="bold", parse_math=False)
     axes = figure.subplot_mosaic([["speed", "speed"], ["ttft", "itl"]])
     axes["speed"].set_title(subtitle, fontsize=10, color="#50565e", parse_math=False)
-    _draw_speed(axes["speed"], runs[-1])
-    seconds = latencies(runs)
-    _draw_distribution(axes["ttft"], seconds["ttft"], "time to first token, ms", "requests")
-    _draw_distribution(axes["itl"], seconds["itl"], "time between two tokens, ms", "tokens")
+    draw_speed(axes["speed"])
+    _draw_distribution(axes["ttft"], ttft, "time to first token, ms", "requests")
+    _draw_distribution(axes["itl"], itl, "time between two tokens, ms", "tokens")
     try:
         figure.savefig(path)
     except (OSError, ValueError) as error:
         raise ConfigError(f"The picture cannot be written to {path}: {error}") from error
+
+
+def _draw_arrivals(axes: Axes, arrivals: Sequence[tuple[float, float]]) -> None:
+    width = max((when for when, _ in arrivals), default=0.0) / BINS or 1.0
+    bins = [0.0] * BINS
+    for when, tokens in arrivals:
+        bins[min(int(when / width), BINS - 1)] += tokens / width
+    axes.stairs(bins, [i * width for i in range(BINS + 1)], fill=True, color=OUTPUT)
+    axes.set(xlabel="seconds", ylabel="output tokens/s", xlim=(0, BINS * width))
+    axes.set_ylim(0, 1.15 * max(bins) or 1.0)
+    _plain_frame(axes)
 
 
 def _draw_speed(axes: Axes, run: Run) -> None:
@@ -93,7 +128,8 @@ def _draw_distribution(axes: Axes, seconds: Sequence[float], label: str, of_what
         text = f"{name} {value:,.{1 if value < 100 else 0}f} ms"
         axes.annotate(text, (value, share), (8, -12), textcoords="offset points", color=MARK)
     # A few stragglers shall not squeeze all others into a corner; the words need room, too.
-    axes.set_xlim(0, min(1.05 * max(ms), 2 * p99 - min(ms)) + 0.25 * p99)
+    # Without a width of its own, all at 0 ms, the picture still needs one.
+    axes.set_xlim(0, min(1.05 * max(ms), 2 * p99 - min(ms)) + 0.25 * p99 or 1.0)
 
 
 def _plain_frame(axes: Axes) -> None:

@@ -57,11 +57,16 @@ class Spread(NamedTuple):
 
     @classmethod
     def of(cls, values: Iterable[float]) -> Spread:
-        """p99 is interpolated linearly between the two values nearest to it. There must be a value."""
+        """Percentiles are interpolated. There must be a value."""
         ascending = sorted(values)
-        low, part = divmod(0.99 * (len(ascending) - 1), 1)
-        below, above = ascending[int(low)], ascending[min(int(low) + 1, len(ascending) - 1)]
-        return cls(statistics.fmean(ascending), statistics.median(ascending), below + part * (above - below))
+        return cls(statistics.fmean(ascending), statistics.median(ascending), percentile(ascending, 99))
+
+
+def percentile(ascending: Sequence[float], percent: float) -> float:
+    """Interpolated linearly between the two values nearest to it. There must be a value."""
+    low, part = divmod(percent / 100 * (len(ascending) - 1), 1)
+    below, above = ascending[int(low)], ascending[min(int(low) + 1, len(ascending) - 1)]
+    return below + part * (above - below)
 
 
 class Work(NamedTuple):

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import math
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from hexad.checks import shown
 from hexad.errors import ConfigError
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 
 DEFAULT_PROMPTS = 64
 DEFAULT_LEN = 128
+
+T = TypeVar("T")
 
 
 class Job(NamedTuple):
@@ -32,7 +35,7 @@ class Workload:
 
     input_len, output_len: tokens of each prompt and of what is generated. range_ratio: each job's lengths are
     drawn evenly from within ± this fraction of them; 0: they are all alike. prefix_len: tokens that all
-    prompts begin with, before those of their own. dataset: a file of prompts instead; see `read_dataset`.
+    prompts begin with, before those of their own. dataset: a file of prompts instead; see `read_prompts`.
     seed: of the random tokens and lengths.
 
     Raises ConfigError.
@@ -54,19 +57,22 @@ class Workload:
             )
 
     def jobs(self, tokenizer: Tokenizer) -> list[Job]:
-        """The jobs, the same for the same seed. Raises ConfigError; see `read_dataset`."""
-        output_len = self.output_len or DEFAULT_LEN
+        """The jobs, the same for the same seed. Raises ConfigError; see `read_prompts`."""
         if self.dataset is not None:
-            return read_dataset(self.dataset, tokenizer, output_len, self.num_prompts)
-        rng = random.Random(self.seed)
+            return read_dataset(self.dataset, tokenizer, self.output_len or DEFAULT_LEN, self.num_prompts)
         reserved = tokenizer.special_ids | tokenizer.eos_ids
         ordinary = [token_id for token_id in range(tokenizer.vocab_size) if token_id not in reserved]
-        prefix = rng.choices(ordinary, k=self.prefix_len)
-        jobs = []
+        return [Job(ids, output_len) for ids, output_len in self.random_prompts(ordinary)]
+
+    def random_prompts(self, tokens: Sequence[T]) -> list[tuple[list[T], int]]:
+        """Prompts of these tokens, and how many are generated after each; the same for the same seed."""
+        rng = random.Random(self.seed)
+        prefix = rng.choices(tokens, k=self.prefix_len)
+        prompts = []
         for _ in range(self.num_prompts or DEFAULT_PROMPTS):
-            own = rng.choices(ordinary, k=self._draw(rng, self.input_len or DEFAULT_LEN))
-            jobs.append(Job(prefix + own, self._draw(rng, output_len)))
-        return jobs
+            own = rng.choices(tokens, k=self._draw(rng, self.input_len or DEFAULT_LEN))
+            prompts.append((prefix + own, self._draw(rng, self.output_len or DEFAULT_LEN)))
+        return prompts
 
     def _draw(self, rng: random.Random, length: int) -> int:
         low, high = (length * (1 + sign * self.range_ratio) for sign in (-1, 1))
@@ -74,10 +80,18 @@ class Workload:
 
 
 def read_dataset(path: Path, tokenizer: Tokenizer, output_len: int, num_prompts: int | None) -> list[Job]:
-    """The first `num_prompts` prompts of a file, or all.
+    """The jobs of `read_prompts`, with `output_len` where a prompt brings none. Raises ConfigError."""
+    return [
+        Job(tokenizer.encode(prompt), length or output_len)
+        for prompt, length in read_prompts(path, num_prompts)
+    ]
+
+
+def read_prompts(path: Path, num_prompts: int | None) -> list[tuple[str, int | None]]:
+    """The first `num_prompts` prompts of a file, or all, and how many tokens each asks for.
 
     Each line that is not blank is a prompt: plain text, or, if the first of them is a JSON object, an object
-    with "prompt" and perhaps "output_len" or "max_tokens" in place of `output_len`.
+    with "prompt" and perhaps "output_len" or "max_tokens".
 
     Raises ConfigError for a file that cannot be read, has too few prompts or a line of another form.
     """
@@ -92,11 +106,9 @@ def read_dataset(path: Path, tokenizer: Tokenizer, output_len: int, num_prompts:
         asked = f"; --num-prompts asks for {num_prompts}" if lines else ""
         raise ConfigError(f"The dataset {path} has {len(lines) or 'no'} prompts{asked}.")
     as_json = isinstance(_parsed(lines[0][1]), dict)
-    jobs = []
-    for number, line in lines[:num_prompts]:
-        prompt, length = _read_object(path, number, line) if as_json else (line, None)
-        jobs.append(Job(tokenizer.encode(prompt), length or output_len))
-    return jobs
+    return [
+        _read_object(path, number, line) if as_json else (line, None) for number, line in lines[:num_prompts]
+    ]
 
 
 def _read_object(path: Path, number: int, line: str) -> tuple[str, int | None]:

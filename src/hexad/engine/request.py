@@ -4,7 +4,6 @@ computed."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from enum import Enum
 
 from hexad.config import BLOCK_TOKENS
@@ -286,7 +285,7 @@ class Request:
             ],
             finished=self.finished,
             prompt_logprobs=None if prompt_logprobs is None else list(prompt_logprobs),
-            metrics=replace(self.metrics),
+            metrics=self.metrics.copy(),
             num_cached_tokens=self.num_cached_tokens,
         )
 

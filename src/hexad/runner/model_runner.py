@@ -280,7 +280,7 @@ def weight_bytes(graph: Graph, backend: Backend) -> dict[str, int]:
 def _options(config: EngineConfig) -> CompileOptions:
     # More threads than CPUs only wait for each other; results do not depend on their number.
     threads = min(config.threads or cpu_count(), cpu_count())
-    return CompileOptions(config.compute, config.resolved_kv_dtype, threads)
+    return CompileOptions(config.compute, config.resolved_kv_dtype, threads, config.prefault)
 
 
 def _limits(config: EngineConfig, max_model_len: int, kv_blocks: int) -> Limits:

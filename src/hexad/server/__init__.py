@@ -1,1 +1,1 @@
-"""`hexad serve`: the APIs that people's clients already speak, over one AsyncLLM."""
+"""`hexad serve`: a loaded model behind the APIs that clients already speak."""

@@ -20,7 +20,8 @@ from hexad.server.anthropic_schemas import CountTokensRequest, MessagesRequest
 from hexad.server.blocks import Block, Blocks, call_arguments
 from hexad.server.chat import Chat, ChatGeneration, ChatRequest, served
 from hexad.server.errors import ApiError, api_error
-from hexad.server.http import EventStream, JSONResponse, encode, request_id, unless_gone
+from hexad.server.http import EventStream, JSONResponse, encode, unless_gone
+from hexad.server.logs import request_id
 from hexad.server.sampling import response_format
 
 router = APIRouter(prefix="/v1/messages")

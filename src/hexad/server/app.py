@@ -18,10 +18,12 @@ from hexad.server import anthropic, embeddings, openai, operations, responses
 from hexad.server.chat import Chat
 from hexad.server.errors import ApiError
 from hexad.server.http import ErrorBody, Gate, JSONResponse
+from hexad.server.metrics import Metrics
 from hexad.server.response_store import ResponseStore
 from hexad.server.settings import ServerSettings
+from hexad.server.tracing import Tracer
 
-PAGE = Path(__file__).with_name("web") / "index.html"
+WEB = Path(__file__).with_name("web")
 
 _APIS: tuple[tuple[str, ErrorBody], ...] = (
     ("/v1/messages", anthropic.error_body),
@@ -29,7 +31,11 @@ _APIS: tuple[tuple[str, ErrorBody], ...] = (
 )
 """Prefixes of paths, the longest first, and how errors are written below them."""
 
-_OPEN = frozenset({"/", "/health", "/ping", "/version", "/favicon.ico"})
+_OPEN = frozenset({"/", "/docs", "/openapi.json", "/health", "/ping", "/version", "/favicon.ico"})
+"""Paths that need no key."""
+
+_BESIDE = frozenset({"/metrics", "/load"})
+"""Paths that are answered without the model, too."""
 
 # No outside requests, and nothing from elsewhere in the page.
 _POLICY = (
@@ -45,6 +51,7 @@ class State:
         self.chat: Chat | None = None
         self.draining = False
         self.broken = False
+        self.metrics = Metrics()
 
     def refusal(self, path: str = "") -> ApiError | None:
         """Why nothing is answered now."""
@@ -57,8 +64,9 @@ class State:
         return None
 
 
-def create_app(settings: ServerSettings, state: State) -> ASGIApp:
-    """The application. `state` is filled in as the server comes up."""
+def create_app(settings: ServerSettings, state: State, tracer: Tracer | None = None) -> ASGIApp:
+    """The application. `state` is filled in as the server comes up. Raises ConfigError for keys that cannot
+    be read."""
     app = FastAPI(
         title="hexad",
         version=__version__,
@@ -71,8 +79,9 @@ def create_app(settings: ServerSettings, state: State) -> ASGIApp:
             400: {"description": "What was asked is wrong; the message says what."},
             401: {"description": "The API key is missing or wrong."},
             404: {"description": "There is no such model or thing."},
+            408: {"description": "The body did not come in time."},
             413: {"description": "The body is too long."},
-            429: {"description": "Too many requests wait."},
+            429: {"description": "Too many requests wait; Retry-After says for how long."},
             500: {"description": "The server failed."},
             503: {"description": "The model is loading, or the server is shutting down."},
             504: {"description": "The request took too long."},
@@ -83,29 +92,44 @@ def create_app(settings: ServerSettings, state: State) -> ASGIApp:
     for door in (operations, openai, embeddings, responses, anthropic):
         app.include_router(door.router)
 
-    @app.get("/", include_in_schema=False)
-    async def page() -> Response:
-        headers = {"Content-Security-Policy": _POLICY, "Cache-Control": "no-cache"}
-        return Response(PAGE.read_bytes(), media_type="text/html; charset=utf-8", headers=headers)
+    for path, name in (("/", "index.html"), ("/docs", "docs.html")):
+        app.add_route(path, _page(WEB / name), include_in_schema=False)
 
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _refused)
     app.add_exception_handler(ApiError, _failed)
     app.add_exception_handler(Exception, _broke)
     app.openapi = _with_our_errors(app.openapi)  # type: ignore[method-assign]
-    if settings.cors:
-        app.add_middleware(
-            CORSMiddleware, allow_origins=settings.cors, allow_methods=["*"], allow_headers=["*"]
-        )
-    return Gate(
+    gate = Gate(
         app,
         keys=settings.api_keys,
         open_paths=_OPEN,
+        root_path=settings.root_path,
         max_body=int(settings.max_body_mib * 2**20),
         body_timeout=settings.body_timeout,
-        refusal=lambda path: None if path in ("/metrics", "/openapi.json", "/docs") else state.refusal(),
+        refusal=lambda path: None if path in _BESIDE else state.refusal(),
         error_body=error_body,
+        metrics=state.metrics,
+        tracer=tracer,
     )
+    if not settings.cors:
+        return gate
+    # Outermost, so that a page may read what the gate refuses, too.
+    return CORSMiddleware(
+        gate,
+        allow_origins=settings.cors,
+        allow_methods=["*"],
+        allow_headers=["*"],
+        expose_headers=["X-Request-Id", "Retry-After"],
+    )
+
+
+def _page(file: Path) -> Callable[[Request], Response]:
+    def page(request: Request) -> Response:
+        headers = {"Content-Security-Policy": _POLICY, "Cache-Control": "no-cache"}
+        return Response(file.read_bytes(), media_type="text/html; charset=utf-8", headers=headers)
+
+    return page
 
 
 def error_body(path: str) -> ErrorBody:
@@ -114,7 +138,7 @@ def error_body(path: str) -> ErrorBody:
 
 
 def _write(request: Request, error: ApiError) -> Response:
-    return JSONResponse(error_body(request.url.path)(error), error.status, error.headers)
+    return JSONResponse(error_body(request.scope["hexad:path"])(error), error.status, error.headers)
 
 
 async def _failed(request: Request, error: Exception) -> Response:
@@ -131,6 +155,8 @@ async def _broke(request: Request, error: Exception) -> Response:
 
 async def _refused(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
+    if error.__cause__ is not None:  # while FastAPI read the body
+        return _write(request, _of_body(error.__cause__))
     if error.status_code == 404:
         message = f"There is nothing at {request.method} {request.url.path}; /docs lists what there is."
     elif error.status_code == 405:
@@ -138,6 +164,19 @@ async def _refused(request: Request, error: Exception) -> Response:
     else:
         message = str(error.detail)
     return _write(request, ApiError(error.status_code, message, headers=error.headers))
+
+
+def _of_body(cause: BaseException) -> ApiError:
+    """What is wrong with a body that could not be read as JSON."""
+    if isinstance(cause, ApiError):  # the gate's: it is too long, or too slow
+        return cause
+    if isinstance(cause, RecursionError):
+        return ApiError(400, "The body nests too deep.", code="invalid_json")
+    if isinstance(cause, UnicodeDecodeError):
+        return ApiError(
+            400, f"The body is not UTF-8: {cause.reason} at byte {cause.start}.", code="invalid_json"
+        )
+    return ApiError(400, f"The body cannot be read: {str(cause)[:200]}.", code="invalid_json")
 
 
 async def _invalid(request: Request, error: Exception) -> Response:
@@ -157,13 +196,25 @@ async def _invalid(request: Request, error: Exception) -> Response:
 
 
 def _with_our_errors(describe: Callable[[], dict[str, Any]]) -> Callable[[], dict[str, Any]]:
-    """The OpenAPI document without FastAPI's 422: what is wrong with a body is a 400 here."""
+    """The OpenAPI document as it is true of this server: what is wrong with a body is a 400, not FastAPI's
+    422; errors are JSON; what can stream, answers in events where it is asked to; a key may be needed."""
 
     def described() -> dict[str, Any]:
         document = describe()
-        for operations_ in document["paths"].values():
+        components = document.setdefault("components", {})
+        components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+        document["security"] = [{}, {"key": []}]
+        for path, operations_ in document["paths"].items():
             for operation in operations_.values():
-                operation["responses"].pop("422", None)
+                responses = operation["responses"]
+                responses.pop("422", None)
+                for status, response in responses.items():
+                    if status >= "400":
+                        response["content"] = {"application/json": {"schema": {"type": "object"}}}
+                if path == "/metrics":
+                    responses["200"]["content"] = {"text/plain": {"schema": {"type": "string"}}}
+                elif "requestBody" in operation and "200" in responses:
+                    responses["200"].setdefault("content", {})["text/event-stream"] = {}
         return document
 
     return described

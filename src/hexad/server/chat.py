@@ -91,9 +91,9 @@ class Chat:
         settings, tokenizer = service.settings, service.tokenizer
         template = tokenizer.chat_template
         self._template = settings.chat_template or (template.text if template else "")
-        self.special_tokens = frozenset(map(tokenizer.token_text, tokenizer.special_ids))
+        special_tokens = set(map(tokenizer.token_text, tokenizer.special_ids))
         self.tool_format: ToolFormat = (
-            detect_tool_format(self._template, self.special_tokens)
+            detect_tool_format(self._template, special_tokens)
             if settings.tool_call_parser == "auto"
             else TOOL_FORMATS[settings.tool_call_parser]
         )
@@ -117,7 +117,7 @@ class Chat:
             priority=request.priority,
             adapt=lambda prompt, params: self._constrained(request, prompt, params),
         )
-        return ChatGeneration(self, request, names, generation, skips_special=params.skip_special_tokens)
+        return ChatGeneration(self, request, names, generation)
 
     async def count(self, request: ChatRequest) -> int:
         """How many tokens a conversation is. Raises ApiError."""
@@ -182,20 +182,29 @@ class Chat:
         return params
 
     def _constrained(self, request: ChatRequest, prompt: TokenPrompt, params: SamplingParams) -> Params:
-        """Params with the grammar that makes the model call, where it was told to; or for beams."""
-        choice = request.tool_choice
-        if choice in ("auto", "none"):
-            if request.length_penalty is None:
-                return params
+        """Params with the grammar that makes the model call, where it was told to, or keeps its calls to the
+        schemas, where these are strict; or for beams."""
+        choice, tools, parallel = request.tool_choice, request.tools, request.parallel_tool_calls
+        opened = self.in_reasoning(prompt)
+        constraint = None
+        if choice == "auto":
+            if params.structured_outputs is None and any(map(_is_strict, tools)):
+                constraint = self.tool_format.auto_constraint(
+                    tools, parallel, reasoning=self.reasoning_format, starts_in_reasoning=opened
+                )
+        elif choice != "none":
+            constraint = self.tool_format.constraint(
+                tools,
+                choice if isinstance(choice, str) else choice["name"],
+                parallel,
+                reasoning=self.reasoning_format,
+                starts_in_reasoning=opened,
+            )
+        if constraint is not None:
+            params = replace(params, structured_outputs=constraint)
+        if request.length_penalty is not None:
             return self.service.beam_search(prompt, params, request.length_penalty)
-        constraint = self.tool_format.constraint(
-            request.tools,
-            choice if isinstance(choice, str) else choice["name"],
-            request.parallel_tool_calls,
-            reasoning=self.reasoning_format,
-            starts_in_reasoning=self.in_reasoning(prompt),
-        )
-        return replace(params, structured_outputs=constraint)
+        return params
 
     def in_reasoning(self, prompt: TokenPrompt) -> bool:
         """Whether a prompt ends inside reasoning."""
@@ -241,8 +250,6 @@ class ChatGeneration:
         request: ChatRequest,
         names: Sequence[str],
         generation: Generation,
-        *,
-        skips_special: bool,
     ) -> None:
         self.generation = generation
         self.service = chat.service
@@ -257,7 +264,6 @@ class ChatGeneration:
                     reasoning=chat.reasoning_format,
                     starts_in_reasoning=chat.in_reasoning(self.prompt),
                     tool_names=names,
-                    special_tokens=() if skips_special else chat.special_tokens,
                 )
                 for _ in range(request.params.n)
             ]
@@ -323,6 +329,10 @@ def tool_name(tool: Mapping[str, Any]) -> str:
     if not isinstance(name, str) or not name:
         raise PromptError("Each of tools must be {'type': 'function', 'function': {'name': …, …}}.")
     return name
+
+
+def _is_strict(tool: Mapping[str, Any]) -> bool:
+    return tool["function"].get("strict") is True
 
 
 def _written_call(call: Mapping[str, Any]) -> str:

@@ -9,7 +9,6 @@ import logging
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping
-from contextvars import ContextVar
 from typing import Any, TypeVar
 
 from starlette.requests import Request
@@ -17,24 +16,22 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from hexad.server.errors import ApiError, ClientGone
+from hexad.server.logs import facts, request_id
+from hexad.server.metrics import Metrics
+from hexad.server.protocol import MAX_HEADERS
+from hexad.server.tracing import Tracer
 
 T = TypeVar("T")
 
 logger = logging.getLogger("hexad.server")
-
-request_id: ContextVar[str] = ContextVar("request_id", default="-")
-"""The id of the request under way, for logs."""
 
 ErrorBody = Callable[[ApiError], Mapping[str, Any]]
 """How an API writes its errors."""
 
 
 def encode(value: object) -> bytes:
-    """A value as compact JSON."""
-    try:
-        return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
-    except UnicodeEncodeError:  # half of a surrogate pair, in what a client gave and gets back
-        return json.dumps(value, separators=(",", ":")).encode()
+    """A value as compact JSON. Halves of characters, which a client may have sent, become "?"."""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode(errors="replace")
 
 
 class JSONResponse(Response):
@@ -47,10 +44,7 @@ class JSONResponse(Response):
 
 
 class EventStream(Response):
-    """Chunks of bytes as they come, until the client hangs up: `chunks` is closed then.
-
-    close: called in any case at the end.
-    """
+    """Chunks of bytes as they come, until the client hangs up: `chunks` is closed then."""
 
     media_type = "text/event-stream"
 
@@ -92,9 +86,9 @@ class EventStream(Response):
             if not gone:
                 raise
             task.uncancel()
-            scope["hexad.gone"] = True
+            scope["hexad:gone"] = True
         except OSError:  # the client is gone while something was sent
-            scope["hexad.gone"] = True
+            scope["hexad:gone"] = True
         finally:
             watcher.cancel()
             if (close := getattr(self._chunks, "aclose", None)) is not None:
@@ -126,8 +120,9 @@ async def _disconnected(receive: Receive) -> None:
 class Gate:
     """The outermost layer: ids, keys, limits of the body, and one line in the log for each request.
 
-    keys: bearers of one of them may enter; empty: anybody. open_paths: where no key is needed. refusal: why
-    nothing but open paths is answered now, or None. error_body: how an error is written at a path.
+    keys: bearers of one of them may enter; empty: anybody. open_paths: where no key is needed. root_path:
+    what a proxy in front may leave before paths. refusal: why nothing but open paths is answered now, or
+    None. error_body: how an error is written at a path.
     """
 
     def __init__(
@@ -136,18 +131,24 @@ class Gate:
         *,
         keys: Iterable[str],
         open_paths: Iterable[str],
+        root_path: str,
         max_body: int,
         body_timeout: float,
         refusal: Callable[[str], ApiError | None],
         error_body: Callable[[str], ErrorBody],
+        metrics: Metrics,
+        tracer: Tracer | None,
     ) -> None:
         self.app = app
         self._keys = [key.encode() for key in keys]
         self._open = frozenset(open_paths)
+        self._root = root_path.rstrip("/")
         self._max_body = max_body
         self._body_timeout = body_timeout
         self._refusal = refusal
         self._error_body = error_body
+        self._metrics = metrics
+        self._tracer = tracer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -158,7 +159,9 @@ class Gate:
         given = headers.get(b"x-request-id", b"").decode("latin-1")
         name = given if 0 < len(given) <= 128 and given.isprintable() else secrets.token_hex(16)
         request_id.set(name)
-        scope["hexad.request_id"] = name
+        scope["hexad:request_id"] = name
+        log: dict[str, Any] = {}
+        facts.set(log)
         status = 0
 
         async def send_named(message: Message) -> None:
@@ -169,7 +172,10 @@ class Gate:
                 message["headers"] = [*message["headers"], (b"x-request-id", own), (b"request-id", own)]
             await send(message)
 
-        path = scope["path"].removeprefix(scope.get("root_path", "")) or "/"
+        path = self._path(scope)
+        scope["hexad:path"] = path
+        counted = path not in _QUIET
+        self._metrics.active += counted
         try:
             try:
                 self._check(scope["method"], path, headers)
@@ -180,30 +186,40 @@ class Gate:
                 deep = ApiError(400, "The body nests too deep.")
                 await self._refuse(path, deep, status, scope, receive, send_named)
             except ClientGone:
-                scope["hexad.gone"] = True
+                scope["hexad:gone"] = True
             except Exception:
                 logger.exception("A request failed.")
                 failure = ApiError(500, "The server failed at this request; its log says why.")
                 await self._refuse(path, failure, status, scope, receive, send_named)
         finally:
-            if logger.isEnabledFor(logging.INFO) and path not in _QUIET:
+            self._metrics.active -= counted
+            seconds = time.perf_counter() - begin
+            if scope.get("hexad:gone"):
+                status = 499  # nginx's, for a client that hung up
+            route = getattr(scope.get("route"), "path", None)
+            self._metrics.observe(scope["method"], route, status, seconds)
+            if counted:
                 client = scope.get("client")
-                logger.info(
-                    "%s %s %s",
-                    scope["method"],
-                    path,
-                    "gone" if scope.get("hexad.gone") else status,
-                    extra={
-                        "method": scope["method"],
-                        "path": path,
-                        "status": 499 if scope.get("hexad.gone") else status,
-                        "seconds": round(time.perf_counter() - begin, 4),
-                        "client": client[0] if client else None,
-                        **scope.get("hexad.log", {}),
-                    },
-                )
+                log |= {
+                    "method": scope["method"],
+                    "path": path[:_LOGGED_PATH],
+                    "status": status,
+                    "seconds": round(seconds, 4),
+                    "client": client[0] if client else None,
+                }
+                logger.info("%s %s %s", log["method"], log["path"], status, extra=log)
+                if self._tracer is not None:
+                    self._tracer.record(route, name, log, headers.get(b"traceparent", b"").decode("latin-1"))
+
+    def _path(self, scope: Scope) -> str:
+        path: str = scope["path"]
+        if self._root and path.startswith(self._root + "/"):
+            return path[len(self._root) :]
+        return path
 
     def _check(self, method: str, path: str, headers: Mapping[bytes, bytes]) -> None:
+        if sum(len(name) + len(value) for name, value in headers.items()) > MAX_HEADERS:
+            raise ApiError(431, f"The request's head is longer than {MAX_HEADERS:,} bytes.")
         if path in self._open or method == "OPTIONS":
             return
         if self._keys:
@@ -224,41 +240,60 @@ class Gate:
     def _bounded(self, receive: Receive, headers: Mapping[bytes, bytes]) -> Receive:
         """`receive` that refuses bodies which are too long, or too slow to come."""
         length = headers.get(b"content-length", b"")
-        if length.isdigit() and int(length) > self._max_body:
-            raise self._too_long()
-        received, complete, deadline = 0, False, time.monotonic() + self._body_timeout
+        received = int(length) if length.isdigit() and int(length) > self._max_body else 0
+        complete, deadline = False, time.monotonic() + self._body_timeout
 
         async def bounded() -> Message:
             nonlocal received, complete
             if complete:
                 return await receive()
-            try:
-                async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
-                    message = await receive()
-            except TimeoutError as error:
-                raise ApiError(
-                    408, f"The body did not come within {self._body_timeout:g} seconds.", code="timeout"
-                ) from error
-            received += len(message.get("body", b""))
+            message: Message = {}
+            if received <= self._max_body:
+                try:
+                    async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
+                        message = await receive()
+                except TimeoutError as error:
+                    raise ApiError(
+                        408,
+                        f"The body did not come within {self._body_timeout:g} seconds.",
+                        code="timeout",
+                        headers={"Connection": "close"},
+                    ) from error
+                received += len(message.get("body", b""))
             if received > self._max_body:
-                raise self._too_long()
+                if b"expect" not in headers:  # else the client waits to be told whether to send it
+                    await _discard(receive)
+                raise ApiError(
+                    413,
+                    f"The body is longer than {self._max_body:,} bytes, the server's limit.",
+                    headers={"Connection": "close"},
+                )
             complete = not message.get("more_body", False)
             return message
 
         return bounded
 
-    def _too_long(self) -> ApiError:
-        return ApiError(413, f"The body is longer than {self._max_body:,} bytes, the server's limit.")
-
     async def _refuse(
         self, path: str, error: ApiError, status: int, scope: Scope, receive: Receive, send: Send
     ) -> None:
-        if status:  # the answer has begun; all that can be done is to end it
-            return
-        response = JSONResponse(self._error_body(path)(error), error.status, error.headers)
-        if error.status in (408, 413):  # what is left of the body is not waited for
-            response.headers["Connection"] = "close"
-        await response(scope, receive, send)
+        if not status:  # else the answer has begun, and all that can be done is to end it
+            response = JSONResponse(self._error_body(path)(error), error.status, error.headers)
+            await response(scope, receive, send)
+
+
+async def _discard(receive: Receive) -> None:
+    """Reads what is left of a body: most clients send all of it before they read the answer."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(_DISCARDING):
+            while (await receive()).get("more_body"):
+                pass
 
 
 _QUIET = frozenset({"/health", "/metrics", "/ping", "/load"})
+"""What is asked every few seconds, and is not worth a line."""
+
+_DISCARDING = 10.0
+"""Seconds for which what is left of a body that is too long is read, and forgotten."""
+
+_LOGGED_PATH = 200
+"""Characters of a path that are logged."""

@@ -172,9 +172,6 @@ async def chat_completions(request: Request, body: ChatCompletionRequest) -> Res
     if set(body.modalities or ()) - {"text"}:
         raise ApiError(400, "modalities must be ['text']: this model makes nothing else.", param="modalities")
     most = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
-    if most is not None and most < 1:
-        field = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
-        raise ApiError(400, f"{field} must be at least 1, not {most}.", param=field)
     try:
         params = _params(
             body,

@@ -50,46 +50,49 @@ class RepetitionDetection(Body):
 
 
 class SamplingFields(Body):
-    """Fields of SamplingParams under their own names; None stands for the server's default."""
+    """Fields of SamplingParams under their own names; None stands for the server's default.
 
-    n: int | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    repetition_penalty: float | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    seed: int | None = None
+    The bounds stand in the OpenAPI document, too; SamplingParams has the last word.
+    """
+
+    n: int | None = Field(None, ge=1, le=16384)
+    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    repetition_penalty: float | None = Field(None, gt=0)
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, gt=0, le=1)
+    top_k: int | None = Field(None, ge=-1)
+    min_p: float | None = Field(None, ge=0, le=1)
+    seed: int | None = Field(None, ge=-(2**63), lt=2**64)
     stop: str | list[str] | None = None
     stop_token_ids: list[int] | None = None
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
-    min_tokens: int | None = None
+    min_tokens: int | None = Field(None, ge=0)
     logit_bias: dict[str, float] | None = None
     allowed_token_ids: list[int] | None = None
     bad_words: list[str] | None = None
     skip_special_tokens: bool | None = None
     spaces_between_special_tokens: bool | None = None
     structured_outputs: StructuredOutputs | None = None
-    thinking_token_budget: int | None = None
+    thinking_token_budget: int | None = Field(None, ge=-1)
     repetition_detection: RepetitionDetection | None = None
 
-    typical_p: float | None = None
+    typical_p: float | None = Field(None, gt=0, le=1)
     top_n_sigma: float | None = None
-    xtc_probability: float | None = None
-    xtc_threshold: float | None = None
-    dry_multiplier: float | None = None
-    dry_base: float | None = None
-    dry_allowed_length: int | None = None
-    dry_penalty_last_n: int | None = None
+    xtc_probability: float | None = Field(None, ge=0, le=1)
+    xtc_threshold: float | None = Field(None, ge=0, le=1)
+    dry_multiplier: float | None = Field(None, ge=0, le=100)
+    dry_base: float | None = Field(None, ge=1, le=100)
+    dry_allowed_length: int | None = Field(None, ge=1)
+    dry_penalty_last_n: int | None = Field(None, ge=-1)
     dry_sequence_breakers: list[str] | None = None
-    repeat_last_n: int | None = None
-    dynatemp_range: float | None = None
-    dynatemp_exponent: float | None = None
-    mirostat: int | None = None
-    mirostat_tau: float | None = None
-    mirostat_eta: float | None = None
+    repeat_last_n: int | None = Field(None, ge=-1)
+    dynatemp_range: float | None = Field(None, ge=0, le=10)
+    dynatemp_exponent: float | None = Field(None, ge=0, le=100)
+    mirostat: int | None = Field(None, ge=0, le=2)
+    mirostat_tau: float | None = Field(None, ge=0, le=100)
+    mirostat_eta: float | None = Field(None, ge=0, le=1)
     samplers: list[str] | None = None
 
     def sampling_params(self, defaults: SamplingParams, **more: Any) -> SamplingParams:
@@ -104,6 +107,8 @@ class SamplingFields(Body):
             given["repetition_detection"] = RepetitionDetectionParams(
                 **self.repetition_detection.model_dump()
             )
+        if self.seed is not None and self.seed < -1:  # OpenAI's are signed
+            given["seed"] = self.seed % 2**64
         if given["stop"] in ("", []):  # clients send these for none
             given["stop"] = None
         given |= {name: value for name, value in more.items() if value is not None}

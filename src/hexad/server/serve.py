@@ -8,22 +8,31 @@ import logging
 import os
 import signal
 import socket
+import ssl
 import stat
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TextIO
 
 import uvicorn
 
 from hexad.async_llm import AsyncLLM
-from hexad.errors import ConfigError, HexadError
+from hexad.errors import ConfigError, HexadError, PromptError
+from hexad.params import RequestOutputKind, SamplingParams
 from hexad.server.app import State, create_app
 from hexad.server.chat import Chat
 from hexad.server.logs import configure
+from hexad.server.protocol import Protocol
 from hexad.server.service import Service
 from hexad.server.settings import ServerSettings
+from hexad.server.tracing import Tracer
 
 logger = logging.getLogger("hexad.server")
+
+_MEASURED = 9
+"""Tokens generated to say how fast the model is."""
 
 
 def serve(settings: ServerSettings) -> int:
@@ -31,11 +40,12 @@ def serve(settings: ServerSettings) -> int:
 
     Raises ConfigError for addresses, keys and certificates that cannot be used.
     """
-    configure(settings.log_format, settings.log_level)
-    sockets = [_listen(settings)]
+    logs = configure(settings.log_format, settings.log_level)
+    tracer = Tracer(settings.otlp_endpoint) if settings.otlp_endpoint else None
     state = State()
     config = uvicorn.Config(
-        create_app(settings, state),
+        create_app(settings, state, tracer),
+        http=Protocol,
         log_config=None,
         access_log=False,
         server_header=False,
@@ -43,18 +53,33 @@ def serve(settings: ServerSettings) -> int:
         timeout_graceful_shutdown=5,
         ssl_certfile=settings.ssl_certfile,
         ssl_keyfile=settings.ssl_keyfile,
-        ssl_keyfile_password=settings.ssl_keyfile_password,
+        # Never none: OpenSSL would ask for the password of a locked key on the terminal, and wait.
+        ssl_keyfile_password=settings.ssl_keyfile_password or "-",
         ssl_ca_certs=None if settings.ssl_ca_certs is None else str(settings.ssl_ca_certs),
+        ssl_cert_reqs=ssl.CERT_NONE if settings.ssl_ca_certs is None else ssl.CERT_REQUIRED,
         lifespan="off",
         ws="none",
     )
     try:
         config.load()
-    except OSError as error:
-        raise ConfigError(f"The certificate cannot be used: {error}.") from error
+    except OSError as error:  # ssl's errors are, too
+        raise ConfigError(
+            f"The certificate {settings.ssl_certfile}, its key or its authorities cannot be used: {error}."
+        ) from error
+    sockets = [_listen(settings)]
     process = _Process(settings, state, _Server(config))
-    with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
-        return runner.run(process.run(sockets))
+    try:
+        with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
+            code = runner.run(process.run(sockets))
+            if process.is_loading:  # its thread cannot be told to end, and the process would wait for it
+                logs.flush()
+                sys.stdout.flush()
+                os._exit(code)
+            return code
+    finally:
+        if tracer is not None:
+            tracer.close()
+        logs.flush()
 
 
 class _Server(uvicorn.Server):
@@ -75,6 +100,7 @@ class _Process:
         self._stop = asyncio.Event()
         self._code = 0
         self._llm: AsyncLLM | None = None
+        self.is_loading = True
 
     async def run(self, sockets: list[socket.socket]) -> int:
         loop = asyncio.get_running_loop()
@@ -86,6 +112,7 @@ class _Process:
         stopping = asyncio.create_task(self._stop.wait())
         await asyncio.wait((serving, stopping), return_when=asyncio.FIRST_COMPLETED)
         self.state.draining = True
+        notify("STOPPING=1")
         if self._llm is not None and not self.state.broken:
             await self._drain()
         self.server.should_exit = True
@@ -120,30 +147,47 @@ class _Process:
             await chat.service.llm.aclose()
 
     async def _load(self) -> None:
-        settings = self.settings
         try:
-            llm = await asyncio.to_thread(self._make)
-            if self._stop.is_set():
-                await llm.aclose()
-                return
+            llm, chat = await asyncio.to_thread(self._make)
             self._llm = llm
-            names = settings.served_model_name or [settings.model]
-            self.state.chat = await asyncio.to_thread(lambda: Chat(Service(llm, settings, names)))
-            for line in str(llm.plan).splitlines():
-                print(line, flush=True)
-            print(f"Ready: {', '.join(names)}.", flush=True)
+            speed = await _speed(llm)
+            if self._stop.is_set():
+                return
+            names = chat.service.names
+            self.state.metrics.serve(llm, names[0])
+            self.state.chat = chat
             loop = asyncio.get_running_loop()
             llm.engine.on_broken(lambda: loop.call_soon_threadsafe(self._broke))
+            _print(
+                *str(llm.plan).splitlines(),
+                f"speed      {speed:6,.0f} tok/s  one stream",
+                f"Ready: {', '.join(names)}.",
+            )
+            notify("READY=1")
         except HexadError as error:
-            print("error:", " ".join([str(error), *getattr(error, "__notes__", [])]), file=sys.stderr)
+            _print("error: " + " ".join([str(error), *getattr(error, "__notes__", [])]), file=sys.stderr)
             self._fail()
         except Exception:
             logger.exception("The model could not be loaded.")
             self._fail()
+        finally:
+            self.is_loading = self._llm is None and asyncio.current_task().cancelling() > 0  # type: ignore[union-attr]
 
-    def _make(self) -> AsyncLLM:
+    def _make(self) -> tuple[AsyncLLM, Chat]:
+        """The model, and how to talk with it."""
         settings = self.settings
-        return AsyncLLM(settings.model, generation_config=settings.generation_config, **settings.engine)
+        llm = AsyncLLM(settings.model, generation_config=settings.generation_config, **settings.engine)
+        try:
+            chat = Chat(Service(llm, settings, settings.served_model_name or [settings.model]))
+            if settings.chat_template is not None:  # that a template is broken is better said now than later
+                with contextlib.suppress(PromptError):
+                    chat.service.prompts.chat(
+                        [{"role": "user", "content": "Hello"}], chat_template=settings.chat_template
+                    )
+        except BaseException:
+            llm.shutdown()
+            raise
+        return llm, chat
 
     def _broke(self) -> None:
         """The engine's thread died: those who waited have been told; a new process may do better."""
@@ -155,12 +199,28 @@ class _Process:
         self._stop.set()
 
 
+async def _speed(llm: AsyncLLM) -> float:
+    """Tokens per second of one stream, from a few of them; they warm the model up, too."""
+    most = min(_MEASURED, llm.plan.max_model_len - 1)
+    params = SamplingParams(
+        max_tokens=max(1, most), temperature=0, ignore_eos=True, output_kind=RequestOutputKind.DELTA
+    )
+    times = [
+        time.perf_counter() async for _ in llm.generate({"prompt_token_ids": [0]}, params, "hexad-warm-up")
+    ]
+    return (most - 1) / (times[-1] - times[0]) if len(times) > 1 else 0.0
+
+
 def _listen(settings: ServerSettings) -> socket.socket:
     """The listening socket. Raises ConfigError if it cannot be had."""
     if settings.uds is not None:
         path = Path(settings.uds)
         if path.exists() and not stat.S_ISSOCK(path.stat().st_mode):
             raise ConfigError(f"uds {path} is there, and is no socket.")
+        with socket.socket(socket.AF_UNIX) as other, contextlib.suppress(OSError):
+            other.settimeout(1)
+            other.connect(str(path))
+            raise ConfigError(f"uds {path} is in use: another server listens on it.")
         try:
             path.unlink(missing_ok=True)  # left behind by a server that was killed
             listener = socket.socket(socket.AF_UNIX)
@@ -180,9 +240,10 @@ def _listen(settings: ServerSettings) -> socket.socket:
                 listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 30)
                 listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 60_000)
             listener.bind(address)
-        except OSError as error:
+        except (OSError, UnicodeError) as error:
+            reason = getattr(error, "strerror", None) or error
             raise ConfigError(
-                f"{settings.host}:{settings.port} cannot be listened on: {error.strerror or error}. Choose "
+                f"{settings.host}:{settings.port} cannot be listened on: {reason}. Choose "
                 "another --port, or stop what uses it."
             ) from error
     listener.listen(2048)
@@ -198,8 +259,28 @@ def _say(settings: ServerSettings, sockets: Sequence[socket.socket]) -> None:
         host, port = sockets[0].getsockname()[:2]
         scheme = "https" if settings.ssl_certfile else "http"
         where = f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
-    print(f"hexad listens on {where}", flush=True)
+    _print(f"hexad listens on {where}")
     if settings.uds is None:
-        print(f"  a page to chat on   {where}/", flush=True)
-        print(f"  OpenAI's API        {where}/v1", flush=True)
-        print(f"  documents           {where}/docs", flush=True)
+        _print(
+            f"  a page to chat on   {where}/",
+            f"  OpenAI's API        {where}/v1",
+            f"  documents           {where}/docs",
+        )
+
+
+def _print(*lines: str, file: TextIO | None = None) -> None:
+    """Says it to whoever listens. A full disk, or a reader that has left, does not end a server."""
+    stream = file or sys.stdout
+    try:
+        print(*lines, sep="\n", file=stream, flush=True)
+    except OSError:
+        with contextlib.suppress(OSError):  # what was not taken would be tried again as the process ends
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def notify(state: str) -> None:
+    """Tells systemd, where it asked to be told (Type=notify; sd_notify(3))."""
+    address = os.environ.get("NOTIFY_SOCKET", "")
+    if address.startswith(("/", "@")):
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel:
+            channel.sendto(state.encode(), address.replace("@", "\0", 1) if address[0] == "@" else address)

@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import math
 import time
+import weakref
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -17,6 +18,7 @@ from hexad.outputs import BeamSearchOutput, CompletionOutput, EmbeddingRequestOu
 from hexad.params import BeamSearchParams, PoolingParams, RequestOutputKind, SamplingParams
 from hexad.prompts import Prompt, PromptReader, TokenPrompt
 from hexad.server.errors import ApiError, api_error
+from hexad.server.logs import facts
 from hexad.server.settings import ServerSettings
 
 
@@ -102,6 +104,7 @@ class Service:
                 own: Params = params
                 if adapt is not None and isinstance(params, SamplingParams):
                     own = adapt(prompt, params)
+                self._check_grammar(own)
                 engine.check(prompt.token_ids, own, generate=generate)
                 prepared.append((prompt, own))
             return prepared
@@ -109,6 +112,7 @@ class Service:
         try:
             try:
                 prepared = await asyncio.to_thread(prepare)
+                generation.check_time()
                 generation.prompts = [prompt for prompt, _ in prepared]
                 generation.reserve(n * (len(prepared) - 1))
                 for prompt, own in prepared:
@@ -159,16 +163,22 @@ class Service:
             structured_outputs=params.structured_outputs,
         )
 
-    def reserve(self, count: int) -> None:
-        """Takes places for sequences. Raises ApiError 429 where there are not so many, 400 where there never
-        will be."""
-        settings = self.settings
-        if count > settings.max_n:
+    def _check_grammar(self, params: Params) -> None:
+        """Raises ApiError 400 for a grammar or schema that is longer than this server takes."""
+        given = params.structured_outputs if isinstance(params, SamplingParams) else None
+        if given is None:
+            return
+        kib, most = len(repr(given)) / 1024, self.settings.max_grammar_kib
+        if kib > most:
             raise ApiError(
                 400,
-                f"The request asks for {count} continuations; this server makes at most {settings.max_n}.",
-                param="n",
+                f"The grammar or schema has {kib:.0f} KiB; this server takes at most {most:g}.",
+                param="structured_outputs",
             )
+
+    def reserve(self, count: int) -> None:
+        """Takes places for sequences. Raises ApiError 429 where there are not so many."""
+        settings = self.settings
         capacity = settings.max_num_seqs + settings.max_waiting
         if self.in_flight + count > capacity and self.in_flight:
             patience = self._seconds * max(1.0, self.in_flight / settings.max_num_seqs)
@@ -199,8 +209,15 @@ class Generation:
         self._service = service
         self._reserved = 0
         self._begin = time.monotonic()
+        self._first: float | None = None
+        self._num_generated = 0
+        self._reasons: list[str] = []
+        self._facts = facts.get()
         self._expired = False
-        self._timer = asyncio.get_running_loop().call_later(service.settings.request_timeout, self._expire)
+        # Weakly, for it is to end when nobody holds it any more: a stream may be dropped before it was begun.
+        expire = weakref.WeakMethod(self._expire)
+        loop = asyncio.get_running_loop()
+        self._timer = loop.call_later(service.settings.request_timeout, lambda: (end := expire()) and end())
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -208,7 +225,15 @@ class Generation:
         return sum(len(prompt.token_ids) for prompt in self.prompts)
 
     def reserve(self, count: int) -> None:
-        """Takes so many more places. Raises what Service.reserve raises."""
+        """Takes so many more places. Raises ApiError 400 where they are more than max_n, and what
+        Service.reserve raises."""
+        asked, most = self._reserved + count, self._service.settings.max_n
+        if asked > most:
+            raise ApiError(
+                400,
+                f"The request asks for {asked} continuations; this server makes at most {most}.",
+                param="n",
+            )
         self._service.reserve(count)
         self._reserved += count
 
@@ -217,9 +242,27 @@ class Generation:
         self._timer.cancel()
         for stream in self.streams:
             stream.close()
-        if self._reserved:
-            self._service.release(self._reserved, time.monotonic() - self._begin)
-            self._reserved = 0
+        if not self._reserved:
+            return
+        self._service.release(self._reserved, time.monotonic() - self._begin)
+        self._reserved = 0
+        if self._facts is not None and self.streams:
+            self._facts |= {
+                "model": self._service.names[0],
+                "prompt_tokens": self.num_prompt_tokens,
+                "completion_tokens": self._num_generated,
+                "finish_reasons": self._reasons,
+            }
+            if self._first is not None:
+                self._facts["time_to_first_token"] = round(self._first - self._begin, 4)
+
+    def __del__(self) -> None:
+        self.close()
+
+    def check_time(self) -> None:
+        """Raises ApiError 504 if the request has had its time."""
+        if self._expired:
+            raise self._failure(None)
 
     async def __aiter__(self) -> AsyncGenerator[tuple[int, RequestOutput], None]:
         """(prompt's index, what is new of it). Raises ApiError if something fails on the way."""
@@ -247,6 +290,15 @@ class Generation:
         self._expired = True
         self.close()
 
+    def _count(self, output: Output) -> None:
+        if self._first is None:
+            self._first = time.monotonic()
+        if isinstance(output, RequestOutput):
+            for completion in output.outputs:
+                self._num_generated += len(completion.token_ids)
+                if completion.finish_reason is not None:
+                    self._reasons.append(completion.finish_reason)
+
     def _failure(self, error: str | None) -> ApiError:
         if self._expired:
             limit = self._service.settings.request_timeout
@@ -259,9 +311,11 @@ class Generation:
         try:
             if len(self.streams) == 1:
                 async for output in self.streams[0]:
+                    self._count(output)
                     yield 0, output
             else:
                 async for pair in _merged(self.streams):
+                    self._count(pair[1])
                     yield pair
         except HexadError as error:
             raise (self._failure(None) if self._expired else api_error(error)) from error

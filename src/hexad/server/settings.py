@@ -7,14 +7,42 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
+from hexad.checks import shown
 from hexad.errors import ConfigError
+from hexad.server.parsers.formats import TOOL_FORMATS
 
 
 def _listed(value: Any) -> Any:
     """A list of one for a value by itself; variables separate several with commas."""
     return [item for item in value.split(",") if item] if isinstance(value, str) else value
+
+
+def _template(value: str | None) -> str | None:
+    """A template's text: itself, or what the file of that name holds."""
+    if value is None or "{" in value or "\n" in value:
+        return value
+    try:
+        return Path(value).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"it is no Jinja template, and no file of that name can be read: {error}") from error
+
+
+def _root(value: str) -> str:
+    """A path without its last slash."""
+    if value and not value.startswith("/"):
+        raise ValueError("it must begin with /")
+    return value.rstrip("/")
 
 
 Listed = Annotated[list[str], BeforeValidator(_listed)]
@@ -25,9 +53,10 @@ class ServerSettings(BaseModel):
 
     api_keys: bearers of any of them may enter; empty: anybody. max_waiting: sequences that may wait beyond
     those that run; more are answered 429. request_timeout: seconds after which a request is ended.
-    timeout_graceful: seconds that running requests get to end after SIGTERM. max_body_mib: longest body.
-    max_n: most continuations of one request, over all its prompts. max_stored_responses, max_stored_mib: how
-    many responses are kept to be asked for again or gone on from, and how long all together.
+    timeout_graceful: seconds that running requests get to end after SIGTERM. body_timeout: seconds in which a
+    body must come. max_body_mib: longest body. max_grammar_kib: longest grammar or schema. max_n: most
+    continuations of one request, over all its prompts. max_stored_responses, max_stored_mib: how many
+    responses are kept to be asked for again or gone on from, and how long all together.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -36,13 +65,13 @@ class ServerSettings(BaseModel):
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
     uds: str | None = None
-    root_path: str = ""
+    root_path: Annotated[str, AfterValidator(_root)] = ""
     api_key: Listed = []
     api_key_file: Path | None = None
     served_model_name: Listed = []
-    chat_template: str | None = None
+    chat_template: Annotated[str | None, AfterValidator(_template)] = None
     tool_call_parser: str = "auto"
-    reasoning_parser: str = "auto"
+    reasoning_parser: Literal["auto", "think", "none"] = "auto"
     generation_config: Literal["auto", "vllm"] = "auto"
     ssl_certfile: Path | None = None
     ssl_keyfile: Path | None = None
@@ -74,8 +103,22 @@ class ServerSettings(BaseModel):
     kv_cache_gib: float | None = None
     enable_prefix_caching: bool = True
     scheduling_policy: Literal["fcfs", "priority"] = "fcfs"
+    prefault: bool = False
     max_logprobs: int = 20
     seed: int | None = None
+
+    @field_validator("tool_call_parser")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        if name not in ("auto", *TOOL_FORMATS):
+            raise ValueError(f"it must be auto or one of {', '.join(TOOL_FORMATS)}")
+        return name
+
+    @model_validator(mode="after")
+    def _whole(self) -> ServerSettings:
+        if self.ssl_certfile is None and (self.ssl_keyfile or self.ssl_ca_certs):
+            raise ValueError("ssl_keyfile and ssl_ca_certs need an ssl_certfile")
+        return self
 
     @property
     def engine(self) -> dict[str, Any]:
@@ -102,7 +145,8 @@ _SECRET = {"api_key", "ssl_keyfile_password"}
 
 _ENGINE = (
     "threads", "compute", "kv_dtype", "max_model_len", "max_num_seqs", "max_num_batched_tokens",
-    "max_step_ms", "kv_cache_gib", "enable_prefix_caching", "scheduling_policy", "max_logprobs", "seed",
+    "max_step_ms", "kv_cache_gib", "enable_prefix_caching", "scheduling_policy", "prefault", "max_logprobs",
+    "seed",
 )  # fmt: skip
 
 
@@ -111,8 +155,11 @@ def collect(
 ) -> ServerSettings:
     """Settings from the command line, or else HEXAD_NAME variables, or else a TOML file, or else defaults.
 
-    The file's keys are the flags', with - or _. Raises ConfigError, which says where a value is from.
+    The file's keys are the flags', with - or _; HEXAD_CONFIG may name it. Raises ConfigError, which says
+    where a value is from.
     """
+    if config is None and (named := environment.get("HEXAD_CONFIG")):
+        config = Path(named)
     given: dict[str, Any] = {}
     sources: dict[str, str] = {}
 
@@ -136,11 +183,14 @@ def collect(
         return ServerSettings.model_validate(given)
     except ValidationError as error:
         first = error.errors()[0]
+        message = first["msg"].removeprefix("Value error, ")
+        if not first["loc"]:
+            raise ConfigError(f"{message}.") from error
         name = str(first["loc"][0])
         if first["type"] == "extra_forbidden":
             raise ConfigError(
                 f"There is no setting {name!r} (from {sources[name]}); the settings are "
                 f"{', '.join(sorted(ServerSettings.model_fields))}."
             ) from error
-        value = "" if name in _SECRET else f" is {given.get(name)!r}"
-        raise ConfigError(f"{name} (from {sources.get(name)}){value}: {first['msg']}.") from error
+        value = "" if name in _SECRET else f" is {shown(given.get(name))}"
+        raise ConfigError(f"{name} (from {sources.get(name)}){value}: {message}.") from error

@@ -59,6 +59,8 @@ class CpuBackend:
             )
         )
         _checked(lambda: lower(graph, weights, program))
+        if options.prefault:
+            _checked(program.prefault)
         return CpuExecutable(program)
 
     def weight_bytes(self, weight: Weight) -> int:

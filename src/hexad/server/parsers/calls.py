@@ -98,6 +98,8 @@ def _read_members(text: Text) -> Reading[None]:
     yield from text.skip()
     while (yield from text.peek()) != "}":
         key = yield from _read_text(text)
+        if key not in _MEMBERS and text.num_calls == before:
+            raise NotACallError
         yield from text.skip()
         yield from _expect(text, ":")
         yield from text.skip()
@@ -112,10 +114,8 @@ def _read_members(text: Text) -> Reading[None]:
                 yield from read_arguments(text, name)
             else:
                 arguments = yield from _read_held_arguments(text)
-        elif key in _MEMBERS:
-            yield from read_value(text, text.syntax)
         else:
-            raise NotACallError
+            yield from read_value(text, text.syntax)
         if name is not None and arguments is not None and text.num_calls == before:
             text.begin_call(name)
             text.arguments(arguments)

@@ -97,7 +97,8 @@ class ToolFormat(ABC):
         """Free text in which each call, once its trigger is written, is one of a tool that there is, with
         arguments by its schema. None where no text is sure to be a call's beginning.
 
-        parallel: False ends the text with the first call.
+        parallel: False ends the text with the first call. reasoning: text between its markers is not looked
+        at, and where the first marker stands later than it should, nor are calls between the two.
         """
         if self.trigger is None or not tools:
             return None
@@ -107,7 +108,7 @@ class ToolFormat(ABC):
             "tags": self._triggered(tools, parallel),
             "stop_after_first": not parallel,
         }
-        return _after_reasoning(free, reasoning, starts_in_reasoning)
+        return _after_reasoning(free, reasoning, starts_in_reasoning, free=True)
 
     def _triggered(self, tools: Sequence[Mapping[str, Any]], parallel: bool) -> list[dict[str, Any]]:
         """Tags that begin with the trigger."""
@@ -306,18 +307,18 @@ class MistralFormat(ToolFormat):
         )
 
 
-_MISTRAL_NAMED = MistralFormat(named=True)
+_HERMES, _LLAMA3 = HermesFormat(), Llama3Format()
 
 TOOL_FORMATS: Mapping[str, ToolFormat] = MappingProxyType(
     {
-        "hermes": (hermes := HermesFormat()),
-        "qwen": hermes,
-        "qwen25": hermes,
-        "llama3": (llama3 := Llama3Format()),
-        "llama3_json": llama3,
-        "llama4_json": llama3,
-        "mistral": (mistral := MistralFormat()),
-        "mistral_v11": _MISTRAL_NAMED,
+        "hermes": _HERMES,
+        "qwen": _HERMES,
+        "qwen25": _HERMES,
+        "llama3": _LLAMA3,
+        "llama3_json": _LLAMA3,
+        "llama4_json": _LLAMA3,
+        "mistral": MistralFormat(),
+        "mistral_v11": MistralFormat(named=True),
     }
 )
 """By name; vLLM's and SGLang's names are among them."""
@@ -349,14 +350,14 @@ def _compact(value: Any) -> str:
 def _tag(begin: str, tool: Mapping[str, Any], end: str) -> dict[str, Any]:
     """A call of one tool. begin: has %s for its name, as JSON where more JSON follows it."""
     function = _function(tool)
-    name = _compact(function["name"]) if "{" in begin else function["name"]
+    name = function["name"]
     schema = function.get("parameters") or {}
     if not isinstance(schema, Mapping):
         raise ParamsError(
             f"the parameters of {name} must be a JSON schema of an object, not {shown(schema)}."
         )
     return {
-        "begin": begin.replace("%s", name),
+        "begin": begin.replace("%s", _compact(name) if "{" in begin else name),
         "content": {"type": "json_schema", "json_schema": {"type": "object"} | dict(schema)},
         "end": end,
     }
@@ -373,18 +374,23 @@ def _separated(tags: Sequence[Mapping[str, Any]], separator: str, parallel: bool
 
 
 def _after_reasoning(
-    format: dict[str, Any], reasoning: ReasoningFormat | None, started: bool
+    format: dict[str, Any], reasoning: ReasoningFormat | None, started: bool, *, free: bool = False
 ) -> StructuredOutputsParams:
-    """A constraint on what comes after the reasoning; if that has not started, there may be none."""
+    """A constraint on what comes after the reasoning; if that has not started, there may be none.
+
+    free: the format begins with free text. No grammar tells that from an opening marker unless both are
+    searched for in the same way, so the marker, too, may have free text before it.
+    """
     if reasoning is not None:
-        thought = {
-            "type": "tag",
-            "begin": "" if started else reasoning.opening,
-            "content": {"type": "any_text"},
-            "end": reasoning.closing,
-        }
-        layout = {"type": "const_string", "value": "\n\n"}
-        after = {"type": "sequence", "elements": [thought, layout, format]}
+        any_text = {"type": "any_text"}
+        elements = [{"type": "tag", "begin": "", "content": any_text, "end": reasoning.closing}, format]
+        if not free:
+            elements.insert(1, {"type": "const_string", "value": "\n\n"})
+        if not started and free:
+            elements.insert(0, {"type": "tag", "begin": "", "content": any_text, "end": reasoning.opening})
+        elif not started:
+            elements[0]["begin"] = reasoning.opening
+        after = {"type": "sequence", "elements": elements}
         format = after if started else {"type": "or", "elements": [after, format]}
     tag = json.dumps({"type": "structural_tag", "format": format}, ensure_ascii=False)
     return StructuredOutputsParams(structural_tag=tag)
