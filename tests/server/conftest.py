@@ -9,6 +9,19 @@ from tests.server.browser import browser as browser
 from tests.server.browser import visit as visit
 from tests.server.process import ServerProcess
 
+KEY = "a-key-of-the-tests"
+
+
+@pytest.fixture(scope="session")
+def strict_server() -> Iterator[ServerProcess]:
+    """One that wants KEY, takes one sequence at a time for 3 seconds at most, keeps two responses, and reads
+    <think> sections."""
+    limits = ("--max-num-seqs", "1", "--max-waiting", "0", "--request-timeout", "3")
+    with ServerProcess(
+        "--api-key", KEY, *limits, "--max-stored-responses", "2", "--reasoning-parser", "think"
+    ) as process:
+        yield process
+
 
 @pytest.fixture(scope="session")
 def server() -> Iterator[ServerProcess]:

@@ -298,6 +298,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"json": {"items": {"minProperties": 2}}},
         "minProperties 2 .* required .here 0",
     ),
+    "required of no names": ({"json": {"type": "object", "required": [["a"]]}}, "required|string"),
     "inexact integer": ({"json": {"properties": {"a": {"const": 2**53 + 1}}}}, "9007199254740993"),
     "inexact bound": ({"json": {"type": "integer", "maximum": 2**63 - 1}}, "9223372036854775807"),
     "NaN": ({"json": '{"enum": [NaN]}'}, "nan is no JSON number"),

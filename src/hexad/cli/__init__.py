@@ -235,6 +235,10 @@ def serve(
         int | None, typer.Option(help="Sequences that may wait; more are refused (429). 1024.")
     ] = None,
     max_n: Annotated[int | None, typer.Option(help="Most continuations of one request; 128.")] = None,
+    max_stored_responses: Annotated[
+        int | None, typer.Option(help="Most responses kept for /v1/responses; 1024.")
+    ] = None,
+    max_stored_mib: Annotated[float | None, typer.Option(help="Memory for them in MiB; 64.")] = None,
     max_body_mib: Annotated[float | None, typer.Option(help="Longest body of a request; 16.")] = None,
     max_grammar_kib: Annotated[float | None, typer.Option(help="Longest grammar or schema; 256.")] = None,
     body_timeout: Annotated[float | None, typer.Option(help="Seconds in which a body must come; 60.")] = None,

@@ -366,6 +366,7 @@ def _check_schema(schema: Any) -> None:
         if (
             isinstance(least, int)
             and isinstance(required, list | tuple)
+            and all(isinstance(name, str) for name in required)  # anything else is refused when compiled
             and least > max(1, len(set(required)))
         ):
             raise ParamsError(

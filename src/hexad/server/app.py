@@ -14,17 +14,21 @@ from starlette.responses import Response
 from starlette.types import ASGIApp
 
 from hexad import __version__
-from hexad.server import openai, operations
+from hexad.server import anthropic, embeddings, openai, operations, responses
 from hexad.server.chat import Chat
 from hexad.server.errors import ApiError
 from hexad.server.http import ErrorBody, Gate, JSONResponse
 from hexad.server.metrics import Metrics
+from hexad.server.response_store import ResponseStore
 from hexad.server.settings import ServerSettings
 from hexad.server.tracing import Tracer
 
 WEB = Path(__file__).with_name("web")
 
-_APIS: tuple[tuple[str, ErrorBody], ...] = (("", openai.error_body),)
+_APIS: tuple[tuple[str, ErrorBody], ...] = (
+    ("/v1/messages", anthropic.error_body),
+    ("", openai.error_body),
+)
 """Prefixes of paths, the longest first, and how errors are written below them."""
 
 _OPEN = frozenset({"/", "/docs", "/openapi.json", "/health", "/ping", "/version", "/favicon.ico"})
@@ -84,8 +88,9 @@ def create_app(settings: ServerSettings, state: State, tracer: Tracer | None = N
         },
     )
     app.state.server = state
-    for router in (operations.router, openai.router):
-        app.include_router(router)
+    app.state.responses = ResponseStore(settings.max_stored_responses, int(settings.max_stored_mib * 2**20))
+    for door in (operations, openai, embeddings, responses, anthropic):
+        app.include_router(door.router)
 
     for path, name in (("/", "index.html"), ("/docs", "docs.html")):
         app.add_route(path, _page(WEB / name), include_in_schema=False)
@@ -93,6 +98,7 @@ def create_app(settings: ServerSettings, state: State, tracer: Tracer | None = N
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _refused)
     app.add_exception_handler(ApiError, _failed)
+    app.add_exception_handler(Exception, _broke)
     app.openapi = _with_our_errors(app.openapi)  # type: ignore[method-assign]
     gate = Gate(
         app,
@@ -138,6 +144,13 @@ def _write(request: Request, error: ApiError) -> Response:
 async def _failed(request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
     return _write(request, error)
+
+
+async def _broke(request: Request, error: Exception) -> Response:
+    """What nobody foresaw, in the API's form; the gate logs it."""
+    if isinstance(error, RecursionError):
+        return _write(request, ApiError(400, "The body nests too deep."))
+    return _write(request, ApiError(500, "The server failed at this request; its log says why."))
 
 
 async def _refused(request: Request, error: Exception) -> Response:

@@ -5,11 +5,17 @@ In no API's form: OpenAI's, Anthropic's, Ollama's and the Responses are written 
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from starlette.requests import Request
+
+from hexad.checkpoint.messages import plain_messages
+from hexad.engine.async_engine import Params
 from hexad.errors import HexadError, PromptError
 from hexad.outputs import CompletionOutput, RequestOutput
 from hexad.params import SamplingParams
@@ -27,7 +33,8 @@ class ChatRequest:
     """A conversation to be continued.
 
     messages, tools: as OpenAI writes them. tool_choice: "auto", "none", "required", or {"name": …} for a
-    certain one. include_reasoning: False leaves it out. The rest is as in AsyncLLM.chat.
+    certain one. include_reasoning: False leaves it out. length_penalty: not None has params.n beams searched,
+    which cannot be streamed. The rest is as in AsyncLLM.chat.
     """
 
     messages: Sequence[Mapping[str, Any]]
@@ -36,6 +43,7 @@ class ChatRequest:
     tool_choice: str | Mapping[str, str] = "auto"
     parallel_tool_calls: bool = True
     include_reasoning: bool = True
+    length_penalty: float | None = None
     chat_template: str | None = None
     add_generation_prompt: bool = True
     continue_final_message: bool = False
@@ -111,15 +119,29 @@ class Chat:
         )
         return ChatGeneration(self, request, names, generation)
 
+    async def count(self, request: ChatRequest) -> int:
+        """How many tokens a conversation is. Raises ApiError."""
+        try:
+            prompt = await asyncio.to_thread(self.prompt, request)
+        except HexadError as error:
+            raise api_error(error) from error
+        return len(prompt.token_ids)
+
     def prompt(self, request: ChatRequest) -> TokenPrompt:
         """The conversation in the model's chat template. Raises PromptError, TokenizerError."""
         tools = [] if request.tool_choice == "none" else list(request.tools)
         messages = list(request.messages)
         chat_template = request.chat_template or self.service.settings.chat_template
         self.service.check_length(_characters(messages) + _characters(tools))
-        if "tools" not in (chat_template or self._template) and (
-            tools or any(_is_about_tools(m) for m in messages)
-        ):
+        template = chat_template or self._template
+        if "developer" not in template:  # OpenAI's newer name for it
+            messages = [
+                {**message, "role": "system"}
+                if isinstance(message, Mapping) and message.get("role") == "developer"
+                else message
+                for message in messages
+            ]
+        if "tools" not in template and (tools or any(_is_about_tools(m) for m in messages)):
             messages = self._written_out(messages, tools, request.tool_choice)
             tools = []
         prompt = self.service.prompts.chat(
@@ -142,6 +164,9 @@ class Chat:
             params = replace(params, skip_special_tokens=False)
         if choice in ("auto", "none"):
             return params
+        if request.length_penalty is not None:
+            message = "tool_choice must be 'auto' or 'none' in a beam search: beams take no grammar."
+            raise ApiError(400, message, param="tool_choice")
         if params.structured_outputs is not None:
             raise ApiError(
                 400,
@@ -156,22 +181,18 @@ class Chat:
             )
         return params
 
-    def _constrained(
-        self, request: ChatRequest, prompt: TokenPrompt, params: SamplingParams
-    ) -> SamplingParams:
+    def _constrained(self, request: ChatRequest, prompt: TokenPrompt, params: SamplingParams) -> Params:
         """Params with the grammar that makes the model call, where it was told to, or keeps its calls to the
-        schemas, where these are strict."""
+        schemas, where these are strict; or for beams."""
         choice, tools, parallel = request.tool_choice, request.tools, request.parallel_tool_calls
         opened = self.in_reasoning(prompt)
+        constraint = None
         if choice == "auto":
-            if params.structured_outputs is not None or not any(map(_is_strict, tools)):
-                return params
-            constraint = self.tool_format.auto_constraint(
-                tools, parallel, reasoning=self.reasoning_format, starts_in_reasoning=opened
-            )
-        elif choice == "none":
-            return params
-        else:
+            if params.structured_outputs is None and any(map(_is_strict, tools)):
+                constraint = self.tool_format.auto_constraint(
+                    tools, parallel, reasoning=self.reasoning_format, starts_in_reasoning=opened
+                )
+        elif choice != "none":
             constraint = self.tool_format.constraint(
                 tools,
                 choice if isinstance(choice, str) else choice["name"],
@@ -179,7 +200,11 @@ class Chat:
                 reasoning=self.reasoning_format,
                 starts_in_reasoning=opened,
             )
-        return params if constraint is None else replace(params, structured_outputs=constraint)
+        if constraint is not None:
+            params = replace(params, structured_outputs=constraint)
+        if request.length_penalty is not None:
+            return self.service.beam_search(prompt, params, request.length_penalty)
+        return params
 
     def in_reasoning(self, prompt: TokenPrompt) -> bool:
         """Whether a prompt ends inside reasoning."""
@@ -193,28 +218,20 @@ class Chat:
     ) -> list[Mapping[str, Any]]:
         """Messages for a template that knows nothing of tools: all about these becomes text."""
         written: list[Mapping[str, Any]] = []
-        for message in messages:
-            if not isinstance(message, Mapping):  # the template refuses it
-                written.append(message)
-            elif message.get("role") == "tool":
-                content = message.get("content")
-                text = content if isinstance(content, str) else json.dumps(content, ensure_ascii=False)
-                written.append({"role": "user", "content": f"<tool_response>\n{text}\n</tool_response>"})
-            elif message.get("tool_calls"):
-                calls = [_written_call(call) for call in message["tool_calls"]]
-                content = message.get("content")
-                text = "\n".join([*([content] if isinstance(content, str) and content else []), *calls])
-                written.append({"role": message.get("role"), "content": text})
+        for message in plain_messages(messages):
+            content = message["content"]
+            if message["role"] == "tool":
+                content = f"<tool_response>\n{content}\n</tool_response>"
+                written.append({"role": "user", "content": content})
+            elif "tool_calls" in message:
+                calls = map(_written_call, message.pop("tool_calls"))
+                written.append({**message, "content": "\n".join([*([content] if content else []), *calls])})
             else:
                 written.append(message)
         if tools:
             text = self.tool_format.instructions(tools, choice if isinstance(choice, str) else choice["name"])
-            first = written[0] if written else {}
-            if (
-                isinstance(first, Mapping)
-                and first.get("role") == "system"
-                and isinstance(first.get("content"), str)
-            ):
+            first = written[0]
+            if first["role"] == "system":
                 written[0] = {**first, "content": f"{first['content']}\n\n{text}"}
             else:
                 written.insert(0, {"role": "system", "content": text})
@@ -298,6 +315,13 @@ class ChatGeneration:
         return message
 
 
+def served(request: Request) -> Chat:
+    """The model that an HTTP request is for."""
+    chat: Chat | None = request.app.state.server.chat
+    assert chat is not None  # the gate lets nobody in before
+    return chat
+
+
 def tool_name(tool: Mapping[str, Any]) -> str:
     """The name of a tool in OpenAI's form. Raises PromptError if it has none."""
     function = tool.get("function") if isinstance(tool, Mapping) else None
@@ -311,14 +335,10 @@ def _is_strict(tool: Mapping[str, Any]) -> bool:
     return tool["function"].get("strict") is True
 
 
-def _written_call(call: Any) -> str:
-    function = call.get("function") if isinstance(call, Mapping) else None
-    if not isinstance(function, Mapping):
-        raise PromptError("Each of tool_calls must have a 'function'.")
-    arguments = function.get("arguments") or "{}"
-    text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
-    name = json.dumps(function.get("name"), ensure_ascii=False)
-    return f'<tool_call>\n{{"name": {name}, "arguments": {text}}}\n</tool_call>'
+def _written_call(call: Mapping[str, Any]) -> str:
+    function = call["function"]
+    written = {"name": function["name"], "arguments": function["arguments"]}
+    return f"<tool_call>\n{json.dumps(written, ensure_ascii=False)}\n</tool_call>"
 
 
 def _is_about_tools(message: Any) -> bool:

@@ -61,7 +61,13 @@ def api_error(error: HexadError) -> ApiError:
     message = " ".join([str(error), *getattr(error, "__notes__", [])])
     if isinstance(error, PromptError):
         too_long = "with a context of" in message or "can grow to" in message
-        return ApiError(400, message, code="context_length_exceeded" if too_long else None)
+        field = re.match(r"messages|tools", message)
+        return ApiError(
+            400,
+            message,
+            param=field[0] if field else None,
+            code="context_length_exceeded" if too_long else None,
+        )
     if isinstance(error, ParamsError | ConfigError | TokenizerError):
         first = re.match(r"(?:each (?:key )?of )?(\w+)", message)
         return ApiError(400, message, param=first[1] if first and first[1] in _FIELDS else None)

@@ -167,7 +167,8 @@ class Gate:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [*message["headers"], (b"x-request-id", name.encode("latin-1"))]
+                own = name.encode("latin-1")  # the second is Anthropic's name for it
+                message["headers"] = [*message["headers"], (b"x-request-id", own), (b"request-id", own)]
             await send(message)
 
         path = self._path(scope)

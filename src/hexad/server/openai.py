@@ -8,6 +8,7 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from json.encoder import encode_basestring as quoted
 from typing import Any
 
@@ -18,7 +19,7 @@ from hexad.errors import HexadError
 from hexad.outputs import CompletionOutput, Logprob, PositionLogprobs, RequestOutput
 from hexad.params import SamplingParams
 from hexad.prompts import Prompt, TokenPrompt
-from hexad.server.chat import Chat, ChatGeneration, ChatMessage, ChatRequest, ToolCall
+from hexad.server.chat import ChatGeneration, ChatMessage, ChatRequest, ToolCall, served
 from hexad.server.errors import ApiError, api_error
 from hexad.server.http import EventStream, JSONResponse, encode, unless_gone
 from hexad.server.openai_schemas import ChatCompletionRequest, CompletionRequest, GenerationBody
@@ -42,24 +43,26 @@ def error_event(error: ApiError) -> bytes:
 @router.get("/v1/models")
 async def models(request: Request) -> Response:
     """The names under which the model is served."""
-    service = _chat(request).service
+    service = served(request).service
     return JSONResponse({"object": "list", "data": [_model(service, name) for name in service.names]})
 
 
 @router.get("/v1/models/{name:path}")
 async def model(request: Request, name: str) -> Response:
     """One of the names."""
-    service = _chat(request).service
+    service = served(request).service
     return JSONResponse(_model(service, service.check_model(name)))
 
 
 @router.post("/v1/completions")
 async def completions(request: Request, body: CompletionRequest) -> Response:
     """Continues prompts: texts or lists of token ids."""
-    service = _chat(request).service
+    service = served(request).service
     name = service.check_model(body.model)
     if body.suffix:
         raise ApiError(400, "suffix is not supported here; /infill fills text in.", param="suffix")
+    if body.best_of not in (None, body.n or 1):
+        raise ApiError(400, "best_of is not supported; use_beam_search finds the n best.", param="best_of")
     generate = body.max_tokens != 0
     if not generate and not body.echo:
         raise ApiError(400, "max_tokens must be at least 1, or 0 with echo.", param="max_tokens")
@@ -80,7 +83,14 @@ async def completions(request: Request, body: CompletionRequest) -> Response:
         return [_cut(service.read(prompt, add_special=add), body, params, service) for prompt in prompts]
 
     generation = await service.start(
-        read, params, stream=bool(body.stream), priority=body.priority, generate=generate
+        read,
+        params,
+        stream=bool(body.stream),
+        priority=body.priority,
+        generate=generate,
+        adapt=partial(service.beam_search, length_penalty=body.length_penalty)
+        if body.use_beam_search and generate
+        else None,
     )
     reply = _Reply("cmpl-", "text_completion", name, body)
     if body.stream:
@@ -154,8 +164,13 @@ async def _completion_events(
 @router.post("/v1/chat/completions")
 async def chat_completions(request: Request, body: ChatCompletionRequest) -> Response:
     """Answers a conversation."""
-    chat = _chat(request)
+    chat = served(request)
     name = chat.service.check_model(body.model)
+    for field in ("functions", "function_call"):
+        if getattr(body, field) is not None:
+            raise ApiError(400, f"{field} is no longer OpenAI's; use tools and tool_choice.", param=field)
+    if set(body.modalities or ()) - {"text"}:
+        raise ApiError(400, "modalities must be ['text']: this model makes nothing else.", param="modalities")
     most = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     try:
         params = _params(
@@ -167,8 +182,6 @@ async def chat_completions(request: Request, body: ChatCompletionRequest) -> Res
         )
     except HexadError as error:
         raise api_error(error) from error
-    if most == 0:
-        raise ApiError(400, "max_completion_tokens must be at least 1.", param="max_completion_tokens")
     if body.top_logprobs and not body.logprobs:
         raise ApiError(400, "top_logprobs needs logprobs to be true.", param="top_logprobs")
     kwargs = dict(body.chat_template_kwargs or {})
@@ -181,6 +194,7 @@ async def chat_completions(request: Request, body: ChatCompletionRequest) -> Res
         tool_choice=tool_choice(body.tool_choice),
         parallel_tool_calls=body.parallel_tool_calls is not False,
         include_reasoning=body.include_reasoning,
+        length_penalty=body.length_penalty if body.use_beam_search else None,
         chat_template=body.chat_template,
         add_generation_prompt=body.add_generation_prompt and not body.continue_final_message,
         continue_final_message=body.continue_final_message,
@@ -198,7 +212,7 @@ async def chat_completions(request: Request, body: ChatCompletionRequest) -> Res
         {
             "index": completion.index,
             "message": chat_message(message, echoed),
-            "logprobs": _chat_logprobs(service, completion, reply.as_ids) if body.logprobs else None,
+            "logprobs": chat_logprobs(service, completion, reply.as_ids) if body.logprobs else None,
             "finish_reason": generation.finish_reason(completion),
             "stop_reason": completion.stop_reason,
             **_token_ids(body, None, completion.token_ids),
@@ -230,7 +244,7 @@ async def _chat_events(
                     reason = generation.finish_reason(completion)
                     logprobs = "null"
                     if body.logprobs:
-                        logprobs = _json(_chat_logprobs(service, completion, reply.as_ids))
+                        logprobs = _json(chat_logprobs(service, completion, reply.as_ids))
                     elif not (delta_ or reason or body.return_token_ids):
                         continue
                     yield reply.event(
@@ -307,12 +321,6 @@ def _delta_json(delta: Delta) -> str:
     return _json(value)
 
 
-def _chat(request: Request) -> Chat:
-    chat: Chat | None = request.app.state.server.chat
-    assert chat is not None  # the gate lets nobody in before
-    return chat
-
-
 def _model(service: Service, name: str) -> dict[str, Any]:
     return {
         "id": name,
@@ -338,12 +346,17 @@ def _params(
         raise ApiError(
             400, "response_format and structured_outputs exclude each other.", param="response_format"
         )
+    if body.use_beam_search and body.stream:
+        raise ApiError(
+            400, "A beam search cannot be streamed: which beam is best shows at its end.", param="stream"
+        )
     return body.sampling_params(
         defaults,
         max_tokens=max_tokens,
         logprobs=logprobs,
         prompt_logprobs=body.prompt_logprobs if body.prompt_logprobs is not None else prompt_logprobs,
-        **({"structured_outputs": text_format} if text_format is not None else {}),
+        structured_outputs=text_format,
+        temperature=1.0 if body.use_beam_search else None,  # beams are many at temperature 0, too
     )
 
 
@@ -416,7 +429,7 @@ def _finite(logprob: float) -> float:
     return max(logprob, -9999.0)
 
 
-def _chat_logprobs(service: Service, completion: CompletionOutput, as_ids: bool) -> dict[str, Any] | None:
+def chat_logprobs(service: Service, completion: CompletionOutput, as_ids: bool) -> dict[str, Any] | None:
     if completion.logprobs is None:
         return None
 

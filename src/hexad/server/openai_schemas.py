@@ -21,7 +21,7 @@ class GenerationBody(SamplingFields):
 
     return_token_ids: answer with the token ids, too. return_tokens_as_token_ids: name tokens "token_id:…" in
     logprobs. truncate_prompt_tokens: keep so many tokens of the prompt, the last ones unless truncation_side
-    is "right"; -1: as many as fit.
+    is "right"; -1: as many as fit. use_beam_search: the n best beams, by length_penalty, instead of drawing.
     """
 
     model: str | None = None
@@ -39,6 +39,8 @@ class GenerationBody(SamplingFields):
     cache_salt: str | None = Field(None, min_length=1)
     request_id: str | None = None
     user: str | None = None
+    use_beam_search: bool = False
+    length_penalty: float = 1.0
 
 
 class CompletionRequest(GenerationBody):
@@ -48,8 +50,7 @@ class CompletionRequest(GenerationBody):
     logprobs: int | None = Field(None, ge=0)
     echo: bool | None = False
     suffix: str | None = None
-    use_beam_search: bool = False
-    length_penalty: float = 1.0
+    best_of: int | None = None
 
 
 class ChatCompletionRequest(GenerationBody):
@@ -69,3 +70,6 @@ class ChatCompletionRequest(GenerationBody):
     chat_template_kwargs: dict[str, Any] | None = None
     reasoning_effort: str | None = None
     include_reasoning: bool = True
+    modalities: list[str] | None = None
+    functions: list[Any] | None = None
+    function_call: str | dict[str, Any] | None = None

@@ -111,15 +111,18 @@ class SamplingFields(Body):
             given["seed"] = self.seed % 2**64
         if given["stop"] in ("", []):  # clients send these for none
             given["stop"] = None
-        given |= more
+        given |= {name: value for name, value in more.items() if value is not None}
         return replace(defaults, **{name: value for name, value in given.items() if value is not None})
 
 
 _SAME_NAME = frozenset(SamplingFields.model_fields) - {"structured_outputs", "repetition_detection"}
 
 
-def response_format(value: dict[str, Any] | None) -> StructuredOutputsParams | None:
-    """OpenAI's `response_format` as what the text must match; None for free text.
+def response_format(
+    value: dict[str, Any] | None, field: str = "response_format"
+) -> StructuredOutputsParams | None:
+    """OpenAI's `response_format`, or what stands in another `field`, as what the text must match; None for
+    free text.
 
     Raises ApiError where it is malformed, ParamsError where its schema is.
     """
@@ -137,8 +140,9 @@ def response_format(value: dict[str, Any] | None) -> StructuredOutputsParams | N
         if not isinstance(schema, dict | bool):
             raise ApiError(
                 400,
-                "response_format of type 'json_schema' must have its schema in json_schema.schema.",
-                param="response_format",
+                f"{field} of type 'json_schema' must have its schema in "
+                f"{'json_schema.' if field == 'response_format' else ''}schema.",
+                param=field,
             )
         return StructuredOutputsParams(json=schema)  # type: ignore[arg-type]
     if kind == "structural_tag":
@@ -147,7 +151,7 @@ def response_format(value: dict[str, Any] | None) -> StructuredOutputsParams | N
         return StructuredOutputsParams(structural_tag=json.dumps(value))
     raise ApiError(
         400,
-        "response_format.type must be 'text', 'json_object', 'json_schema' or 'structural_tag', "
+        f"{field}.type must be 'text', 'json_object', 'json_schema' or 'structural_tag', "
         f"not {str(kind)[:100]!r}.",
-        param="response_format",
+        param=field,
     )

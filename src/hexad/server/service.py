@@ -14,9 +14,9 @@ from typing import Any
 
 from hexad.async_llm import AsyncLLM
 from hexad.engine.async_engine import Output, Params, Stream
-from hexad.errors import HexadError, PromptError
-from hexad.outputs import EmbeddingRequestOutput, RequestOutput
-from hexad.params import PoolingParams, RequestOutputKind, SamplingParams
+from hexad.errors import HexadError, ParamsError, PromptError
+from hexad.outputs import BeamSearchOutput, CompletionOutput, EmbeddingRequestOutput, RequestOutput
+from hexad.params import BeamSearchParams, PoolingParams, RequestOutputKind, SamplingParams
 from hexad.prompts import Prompt, PromptReader, TokenPrompt
 from hexad.server.errors import ApiError, api_error
 from hexad.server.logs import facts
@@ -81,7 +81,7 @@ class Service:
         stream: bool,
         priority: int = 0,
         generate: bool = True,
-        adapt: Callable[[TokenPrompt, SamplingParams], SamplingParams] | None = None,
+        adapt: Callable[[TokenPrompt, SamplingParams], Params] | None = None,
     ) -> Generation:
         """Queues requests, one per prompt that `read` returns, and gives back what will come of them.
 
@@ -102,7 +102,7 @@ class Service:
         def prepare() -> list[tuple[TokenPrompt, Params]]:
             prepared = []
             for prompt in read():
-                own = params
+                own: Params = params
                 if adapt is not None and isinstance(params, SamplingParams):
                     own = adapt(prompt, params)
                 self._check_grammar(own)
@@ -143,6 +143,26 @@ class Service:
         outputs = await generation.collect()
         assert all(isinstance(output, EmbeddingRequestOutput) for output in outputs)
         return outputs
+
+    def beam_search(
+        self, prompt: TokenPrompt, params: SamplingParams, length_penalty: float
+    ) -> BeamSearchParams:
+        """A search with params.n beams in place of drawing; most of `params` means nothing to it, as in vLLM.
+
+        Raises ParamsError for what would be missed in its results.
+        """
+        for field in ("logprobs", "prompt_logprobs", "stop"):
+            if getattr(params, field) is not None:
+                raise ParamsError(f"{field} must be left out of a beam search: it has none.")
+        room = max(1, self.max_model_len - len(prompt.token_ids))
+        return BeamSearchParams(
+            beam_width=params.n,
+            max_tokens=room if params.max_tokens is None else params.max_tokens,
+            ignore_eos=params.ignore_eos,
+            length_penalty=length_penalty,
+            include_stop_str_in_output=params.include_stop_str_in_output,
+            structured_outputs=params.structured_outputs,
+        )
 
     def _check_grammar(self, params: Params) -> None:
         """Raises ApiError 400 for a grammar or schema that is longer than this server takes."""
@@ -256,8 +276,8 @@ class Generation:
         return index, output
 
     async def collect(self) -> list[Any]:
-        """The last output of each prompt: RequestOutput, or another for params of other kinds. Raises
-        ApiError."""
+        """The last output of each prompt: RequestOutput, which beams become, too, best first; or
+        EmbeddingRequestOutput. Raises ApiError."""
         results: list[Any] = [None] * len(self.streams)
         with contextlib.suppress(StopAsyncIteration):
             while True:
@@ -292,6 +312,8 @@ class Generation:
             raise
         if self._first is None:
             self._first = time.monotonic()
+        if isinstance(output, BeamSearchOutput):
+            output = _beams(self.streams[index].request_id, self.prompts[index], output)
         if isinstance(output, RequestOutput):
             for completion in output.outputs:
                 self._num_generated += len(completion.token_ids)
@@ -301,6 +323,18 @@ class Generation:
                         self.close()
                         raise self._failure(completion.error)
         return index, output
+
+
+def _beams(request_id: str, prompt: TokenPrompt, output: BeamSearchOutput) -> RequestOutput:
+    """Beams in the form of continuations."""
+    num_prompt = len(prompt.token_ids)
+    completions = [
+        CompletionOutput(
+            i, beam.text, beam.tokens[num_prompt:], beam.cum_logprob, finish_reason=beam.finish_reason
+        )
+        for i, beam in enumerate(output.sequences)
+    ]
+    return RequestOutput(request_id, prompt.text, prompt.token_ids, completions, finished=True)
 
 
 async def _merged(streams: Sequence[Stream]) -> AsyncIterator[tuple[int, Output]]:

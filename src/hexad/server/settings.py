@@ -55,7 +55,8 @@ class ServerSettings(BaseModel):
     those that run; more are answered 429. request_timeout: seconds after which a request is ended.
     timeout_graceful: seconds that running requests get to end after SIGTERM. body_timeout: seconds in which a
     body must come. max_body_mib: longest body. max_grammar_kib: longest grammar or schema. max_n: most
-    continuations of one request, over all its prompts.
+    continuations of one request, over all its prompts. max_stored_responses, max_stored_mib: how many
+    responses are kept to be asked for again or gone on from, and how long all together.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -79,6 +80,8 @@ class ServerSettings(BaseModel):
     cors: Listed = []
     max_waiting: Annotated[int, Field(ge=0)] = 1024
     max_n: Annotated[int, Field(ge=1)] = 128
+    max_stored_responses: Annotated[int, Field(ge=0)] = 1024
+    max_stored_mib: Annotated[float, Field(ge=0)] = 64.0
     max_body_mib: Annotated[float, Field(gt=0)] = 16.0
     max_grammar_kib: Annotated[float, Field(gt=0)] = 256.0
     request_timeout: Annotated[float, Field(gt=0)] = 600.0
