@@ -9,9 +9,19 @@ from tests.server.browser import browser as browser
 from tests.server.browser import visit as visit
 from tests.server.process import ServerProcess
 
+from hexad import LLM
+
 
 @pytest.fixture(scope="session")
 def server() -> Iterator[ServerProcess]:
     """`hexad serve smollm2:135m`, ready."""
     with ServerProcess() as process:
         yield process
+
+
+@pytest.fixture(scope="session")
+def llm() -> Iterator[LLM]:
+    """The same model without a server."""
+    model = LLM("smollm2:135m", max_model_len=1024, threads=1)
+    yield model
+    model.close()

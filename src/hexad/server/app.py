@@ -14,7 +14,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp
 
 from hexad import __version__
-from hexad.server import openai, operations
+from hexad.server import kobold, llama_server, ollama, openai, operations, tokens
 from hexad.server.chat import Chat
 from hexad.server.errors import ApiError
 from hexad.server.http import ErrorBody, Gate, JSONResponse
@@ -24,7 +24,18 @@ from hexad.server.tracing import Tracer
 
 WEB = Path(__file__).with_name("web")
 
-_APIS: tuple[tuple[str, ErrorBody], ...] = (("", openai.error_body),)
+_APIS: tuple[tuple[str, ErrorBody], ...] = (
+    *((path, kobold.error_body) for path in ("/api/extra/", "/api/v1/", "/api/latest/")),
+    ("/api/", ollama.error_body),
+    *(
+        (path, llama_server.error_body)
+        for path in (
+            "/completion", "/infill", "/embedding", "/tokenize", "/detokenize", "/apply-template", "/props",
+            "/slots", "/models",
+        )
+    ),
+    ("", openai.error_body),
+)  # fmt: skip
 """Prefixes of paths, the longest first, and how errors are written below them."""
 
 _OPEN = frozenset({"/", "/docs", "/openapi.json", "/health", "/ping", "/version", "/favicon.ico"})
@@ -84,8 +95,9 @@ def create_app(settings: ServerSettings, state: State, tracer: Tracer | None = N
         },
     )
     app.state.server = state
-    for router in (operations.router, openai.router):
-        app.include_router(router)
+    app.state.kobold = kobold.Sessions()
+    for door in (operations, openai, llama_server, tokens, kobold, ollama):
+        app.include_router(door.router)
 
     for path, name in (("/", "index.html"), ("/docs", "docs.html")):
         app.add_route(path, _page(WEB / name), include_in_schema=False)

@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from starlette.requests import Request
+
 from hexad.errors import HexadError, PromptError
 from hexad.outputs import CompletionOutput, RequestOutput
 from hexad.params import SamplingParams
@@ -296,6 +298,13 @@ class ChatGeneration:
         if not self._request.parallel_tool_calls and any(call.index for call in message.tool_calls):
             message = replace(message, tool_calls=tuple(c for c in message.tool_calls if not c.index))
         return message
+
+
+def served(request: Request) -> Chat:
+    """The model that an HTTP request is for."""
+    chat: Chat | None = request.app.state.server.chat
+    assert chat is not None  # the gate lets nobody in before
+    return chat
 
 
 def tool_name(tool: Mapping[str, Any]) -> str:

@@ -18,7 +18,7 @@ from hexad.errors import HexadError
 from hexad.outputs import CompletionOutput, Logprob, PositionLogprobs, RequestOutput
 from hexad.params import SamplingParams
 from hexad.prompts import Prompt, TokenPrompt
-from hexad.server.chat import Chat, ChatGeneration, ChatMessage, ChatRequest, ToolCall
+from hexad.server.chat import ChatGeneration, ChatMessage, ChatRequest, ToolCall, served
 from hexad.server.errors import ApiError, api_error
 from hexad.server.http import EventStream, JSONResponse, encode, unless_gone
 from hexad.server.openai_schemas import ChatCompletionRequest, CompletionRequest, GenerationBody
@@ -42,21 +42,21 @@ def error_event(error: ApiError) -> bytes:
 @router.get("/v1/models")
 async def models(request: Request) -> Response:
     """The names under which the model is served."""
-    service = _chat(request).service
+    service = served(request).service
     return JSONResponse({"object": "list", "data": [_model(service, name) for name in service.names]})
 
 
 @router.get("/v1/models/{name:path}")
 async def model(request: Request, name: str) -> Response:
     """One of the names."""
-    service = _chat(request).service
+    service = served(request).service
     return JSONResponse(_model(service, service.check_model(name)))
 
 
 @router.post("/v1/completions")
 async def completions(request: Request, body: CompletionRequest) -> Response:
     """Continues prompts: texts or lists of token ids."""
-    service = _chat(request).service
+    service = served(request).service
     name = service.check_model(body.model)
     if body.suffix:
         raise ApiError(400, "suffix is not supported here; /infill fills text in.", param="suffix")
@@ -154,7 +154,7 @@ async def _completion_events(
 @router.post("/v1/chat/completions")
 async def chat_completions(request: Request, body: ChatCompletionRequest) -> Response:
     """Answers a conversation."""
-    chat = _chat(request)
+    chat = served(request)
     name = chat.service.check_model(body.model)
     most = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     try:
@@ -305,12 +305,6 @@ def _delta_json(delta: Delta) -> str:
             for piece in delta.tool_calls
         ]
     return _json(value)
-
-
-def _chat(request: Request) -> Chat:
-    chat: Chat | None = request.app.state.server.chat
-    assert chat is not None  # the gate lets nobody in before
-    return chat
 
 
 def _model(service: Service, name: str) -> dict[str, Any]:
