@@ -20,6 +20,7 @@ from hexad.prompts import Messages, Prompt, PromptReader, TokenPrompt
 if TYPE_CHECKING:
     from types import TracebackType
 
+    from hexad.checkpoint.checkpoint import Checkpoint
     from hexad.checkpoint.tokenizer import Tokenizer
     from hexad.engine.metrics import Metric
 
@@ -150,6 +151,11 @@ class AsyncLLM:
     def get_tokenizer(self) -> Tokenizer:
         """The model's tokenizer."""
         return self._loaded.tokenizer
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """The open model: its config, and how its weights are stored."""
+        return self._loaded.checkpoint
 
     def get_default_sampling_params(self) -> SamplingParams:
         """The parameters of a request that brings none; see generation_config."""

@@ -298,7 +298,7 @@ class SamplingParams:
     skip_special_tokens: leave control tokens out of the text.
     spaces_between_special_tokens: put spaces between special tokens that are shown.
     logit_bias: token id → number added to its logit, clamped to ±100.
-    allowed_token_ids: draw no others.
+    allowed_token_ids: draw no others. banned_token_ids: never draw these.
     bad_words: texts that must not be generated.
     structured_outputs: what the text must match.
     thinking_token_budget: most tokens between <think> and </think>, which is then written for the model;
@@ -353,6 +353,7 @@ class SamplingParams:
     spaces_between_special_tokens: bool = True
     logit_bias: Mapping[int, float] | None = None
     allowed_token_ids: Sequence[int] | None = None
+    banned_token_ids: Sequence[int] | None = None
     bad_words: Sequence[str] | None = None
     structured_outputs: StructuredOutputsParams | None = None
     thinking_token_budget: int | None = None
@@ -470,6 +471,7 @@ _SAMPLING = _Rules(
         "spaces_between_special_tokens": _FLAG,
         "logit_bias": _logit_bias,
         "allowed_token_ids": _each(_TOKEN_ID, least=1, repeats="drop"),
+        "banned_token_ids": _each(_TOKEN_ID, repeats="drop"),
         "bad_words": _TEXTS,
         "structured_outputs": _instance(StructuredOutputsParams),
         "thinking_token_budget": _integer(-1, 63, none=-1),
@@ -497,6 +499,7 @@ _SAMPLING = _Rules(
 )
 _TOKEN_ID_FIELDS = (
     "stop_token_ids", "logprob_token_ids", "prompt_logprob_token_ids", "logit_bias", "allowed_token_ids",
+    "banned_token_ids",
 )  # fmt: skip
 
 

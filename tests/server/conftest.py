@@ -9,6 +9,8 @@ from tests.server.browser import browser as browser
 from tests.server.browser import visit as visit
 from tests.server.process import ServerProcess
 
+from hexad import LLM
+
 KEY = "a-key-of-the-tests"
 
 
@@ -28,3 +30,11 @@ def server() -> Iterator[ServerProcess]:
     """`hexad serve smollm2:135m`, ready."""
     with ServerProcess() as process:
         yield process
+
+
+@pytest.fixture(scope="session")
+def llm() -> Iterator[LLM]:
+    """The same model without a server."""
+    model = LLM("smollm2:135m", max_model_len=1024, threads=1)
+    yield model
+    model.close()

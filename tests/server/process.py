@@ -18,7 +18,7 @@ from types import TracebackType
 class ServerProcess:
     """A server on a port of its choice, in a `with` block; it is ready when the block begins.
 
-    url: "http://127.0.0.1:PORT". log: the file its output goes to.
+    url: "http://127.0.0.1:PORT". key: the API key that tests send. log: the file its output goes to.
     """
 
     def __init__(
@@ -29,6 +29,7 @@ class ServerProcess:
         ready: bool = True,
         command: tuple[str, ...] = ("-m", "hexad", "serve"),
     ) -> None:
+        self.key = ""
         self.log = Path(tempfile.mkstemp(prefix="hexad-serve-", suffix=".log")[1])
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(

@@ -42,7 +42,7 @@ VLLM_DEFAULTS = {
 }  # fmt: skip
 LLAMA_CPP_DEFAULTS = {
     "typical_p": 1, "top_n_sigma": -1, "xtc_probability": 0, "xtc_threshold": 0.1, "dry_multiplier": 0,
-    "dry_base": 1.75, "dry_allowed_length": 2, "dry_penalty_last_n": -1,
+    "banned_token_ids": None, "dry_base": 1.75, "dry_allowed_length": 2, "dry_penalty_last_n": -1,
     "dry_sequence_breakers": ("\n", ":", '"', "*"), "repeat_last_n": -1, "dynatemp_range": 0,
     "dynatemp_exponent": 1, "mirostat": 0, "mirostat_tau": 5, "mirostat_eta": 0.1,
     "samplers": DEFAULT_SAMPLERS,
@@ -102,6 +102,7 @@ STORED: dict[str, list[tuple[Any, Any]]] = {
     "logprob_token_ids": [([5, 2], (5, 2)), (range(128), tuple(range(128)))],
     "prompt_logprob_token_ids": [([5, 2], (5, 2)), (range(200), tuple(range(200)))],
     "allowed_token_ids": [([5, 2, 5], (5, 2))],
+    "banned_token_ids": [([], ()), ([5, 2, 5], (5, 2))],
     "logit_bias": [({}, {}), ({5: 1.5}, {5: 1.5}), ({"7": -1}, {7: -1}),
                    ({1: 1e9, 2: -101}, {1: 100, 2: -100})],
     "bad_words": [([], ()), (["a", "b c"], ("a", "b c"))],
@@ -138,6 +139,7 @@ REFUSED: dict[str, Wrong] = {
         *NO_IDS, ([], "{} must have at least 1 entries, not 0"), ([4, 1, 4], "{} must have no entry twice"),
     ],
     "allowed_token_ids": [*NO_IDS, ([], "{} must have at least 1 entries, not 0")],
+    "banned_token_ids": NO_IDS,
     "logit_bias": [
         ([(1, 2)], "{} must be a dict"),
         *(({key: 1}, "each key of {} must be an integer from 0 to 2**31 - 1", key)
@@ -375,7 +377,7 @@ def test_ids_of_the_vocabulary_are_taken() -> None:
     ids = [0, 99]
     params = SamplingParams(
         stop_token_ids=ids, logprob_token_ids=ids, prompt_logprob_token_ids=ids, allowed_token_ids=ids,
-        logit_bias=dict.fromkeys(ids, 1.0),
+        banned_token_ids=ids, logit_bias=dict.fromkeys(ids, 1.0),
     )  # fmt: skip
     params.check_vocabulary(100, 20)
     SamplingParams().check_vocabulary(1, 0)
@@ -384,7 +386,14 @@ def test_ids_of_the_vocabulary_are_taken() -> None:
 
 @pytest.mark.parametrize(
     "field",
-    ["stop_token_ids", "logprob_token_ids", "prompt_logprob_token_ids", "allowed_token_ids", "logit_bias"],
+    [
+        "stop_token_ids",
+        "logprob_token_ids",
+        "prompt_logprob_token_ids",
+        "allowed_token_ids",
+        "banned_token_ids",
+        "logit_bias",
+    ],
 )
 def test_ids_outside_the_vocabulary_are_refused(field: str) -> None:
     params = SamplingParams(**{field: {5: 1.0, 100: 1.0} if field == "logit_bias" else [100, 5]})

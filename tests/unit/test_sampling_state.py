@@ -215,6 +215,13 @@ def test_bad_words(steps: Steps) -> None:
     assert forbidden(steps.wanted(sequence)) == {x, c}
 
 
+def test_banned_tokens(steps: Steps) -> None:
+    params = SamplingParams(banned_token_ids=[40, 41], bad_words=["x"], logit_bias={40: 5, 42: 1})
+    wanted = steps.wanted(steps.add(params))
+    assert forbidden(wanted) == {40, 41, *ids("x")}
+    assert bias_of(wanted)[42] == 1
+
+
 def test_bad_words_are_spelt_with_and_without_a_space() -> None:
     assert Vocabulary(VOCAB, lambda: TOKENIZER).bad_words([" no"]) == [ids("no"), ids(" no")]
 

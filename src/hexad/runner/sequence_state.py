@@ -217,7 +217,7 @@ class SequenceState:
         if _has_dry(params) and params.dry_sequence_breakers:
             self.breakers = self.vocabulary.breakers(params.dry_sequence_breakers)
         self.mirostat = params.mirostat != 0
-        banned = [tokens[0] for tokens in bad_words if len(tokens) == 1]
+        banned = [*(params.banned_token_ids or ()), *(tokens[0] for tokens in bad_words if len(tokens) == 1)]
         self.bias = Bias(params.logit_bias or {}).forbid(banned)
         if params.min_tokens:
             self.min_end = num_prompt + params.min_tokens
@@ -260,6 +260,7 @@ class SequenceState:
         limits = {
             "structured_outputs": self.grammar is not None,
             "allowed_token_ids": self.allowed is not None,
+            "banned_token_ids": bool(params.banned_token_ids),
             "bad_words": bool(params.bad_words),
             f"min_tokens ({params.min_tokens})": position < self.min_end,
             f"thinking_token_budget ({params.thinking_token_budget})": self.thinking is not None,

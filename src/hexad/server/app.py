@@ -14,7 +14,17 @@ from starlette.responses import Response
 from starlette.types import ASGIApp
 
 from hexad import __version__
-from hexad.server import anthropic, embeddings, openai, operations, responses
+from hexad.server import (
+    anthropic,
+    embeddings,
+    kobold,
+    llama_server,
+    ollama,
+    openai,
+    operations,
+    responses,
+    tokens,
+)
 from hexad.server.chat import Chat
 from hexad.server.errors import ApiError
 from hexad.server.http import ErrorBody, Gate, JSONResponse
@@ -26,9 +36,18 @@ from hexad.server.tracing import Tracer
 WEB = Path(__file__).with_name("web")
 
 _APIS: tuple[tuple[str, ErrorBody], ...] = (
+    *((path, kobold.error_body) for path in ("/api/extra/", "/api/v1/", "/api/latest/")),
+    ("/api/", ollama.error_body),
+    *(
+        (path, llama_server.error_body)
+        for path in (
+            "/completion", "/infill", "/embedding", "/tokenize", "/detokenize", "/apply-template", "/props",
+            "/slots", "/models",
+        )
+    ),
     ("/v1/messages", anthropic.error_body),
     ("", openai.error_body),
-)
+)  # fmt: skip
 """Prefixes of paths, the longest first, and how errors are written below them."""
 
 _OPEN = frozenset({"/", "/docs", "/openapi.json", "/health", "/ping", "/version", "/favicon.ico"})
@@ -89,7 +108,9 @@ def create_app(settings: ServerSettings, state: State, tracer: Tracer | None = N
     )
     app.state.server = state
     app.state.responses = ResponseStore(settings.max_stored_responses, int(settings.max_stored_mib * 2**20))
-    for door in (operations, openai, embeddings, responses, anthropic):
+    app.state.kobold = kobold.Sessions()
+    doors = operations, openai, embeddings, responses, anthropic, llama_server, tokens, kobold, ollama
+    for door in doors:
         app.include_router(door.router)
 
     for path, name in (("/", "index.html"), ("/docs", "docs.html")):

@@ -6,7 +6,6 @@ In no API's form: OpenAI's, Anthropic's, Ollama's and the Responses are written 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
