@@ -9,10 +9,11 @@ from hexad.engine.step import StepCost
 LONGEST_STEP = 1.0
 """Seconds that no step shall pass."""
 
-STRETCH = 2.5
-"""How much longer than the streams' own step one with prompts may take, unless max_step_ms says otherwise."""
+STRETCH = 2.0
+"""How much longer than the streams' own step one with prompts may take, unless max_step_ms says otherwise.
+Where more prompts wait than streams run, what is added grows by as much: the few are not to hold up the many."""
 
-LEAST_TOKENS = 16
+LEAST_TOKENS = 4
 """Prompt tokens that a step takes in any case, so that prompts get on however busy the streams are."""
 
 # What a slow machine does in a second. The first measured steps correct them; until then, steps are rather
@@ -43,11 +44,12 @@ class Pace:
         self._stream_steps = self._prompt_steps = 0
         self._streams = self._prompts = 0.0  # what the step under way was predicted to take, without factors
 
-    def begin(self, streams: int, positions: int, *, watched: bool) -> float:
+    def begin(self, streams: int, positions: int, *, prompts: int, watched: bool) -> float:
         """Begins a step of so many streams, which look back on so many positions in all. Returns the seconds
         that prompts may add to it.
 
-        watched: somebody sees the streams' tokens come, and would see them stutter.
+        prompts: that are not computed yet. watched: somebody sees the streams' tokens come, and would see
+        them stutter.
         """
         self._prompts = self._streams = 0.0
         if streams:
@@ -55,7 +57,8 @@ class Pace:
         seconds = self._streams * self._stream_factor
         wanted = LONGEST_STEP
         if streams and watched:
-            wanted = STRETCH * seconds if self._max_seconds is None else self._max_seconds
+            stretch = 1 + (STRETCH - 1) * max(1.0, prompts / streams)
+            wanted = stretch * seconds if self._max_seconds is None else self._max_seconds
         return max(0.0, min(wanted, LONGEST_STEP) - seconds)
 
     def tokens_within(self, seconds: float, start: int) -> int:

@@ -167,8 +167,9 @@ class Scheduler:
             scheduled.append(sequence)
         step.counts = [1] * len(scheduled)
         self._left = self.max_num_batched_tokens - len(scheduled)
-        watched = bool(prompts or self._waiting) and any(s.request.watched for s in scheduled)
-        self._seconds = self.pace.begin(len(scheduled), positions, watched=watched)
+        num_prompts = len(prompts) + len(self._waiting)
+        watched = num_prompts > 0 and any(s.request.watched for s in scheduled)
+        self._seconds = self.pace.begin(len(scheduled), positions, prompts=num_prompts, watched=watched)
         # What holds up one prompt holds up those behind it.
         if (
             all(self._hand_out(sequence, step) for sequence in prompts)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import os
 import signal
@@ -155,6 +156,9 @@ class _Process:
                 return
             names = chat.service.names
             self.state.metrics.serve(llm, names[0])
+            # What is there now stays. Else each collection would go through all of it, between two tokens.
+            gc.collect()
+            gc.freeze()
             self.state.chat = chat
             loop = asyncio.get_running_loop()
             llm.engine.on_broken(lambda: loop.call_soon_threadsafe(self._broke))
