@@ -66,6 +66,7 @@ struct Kernels {
 
   // ops/attention.h; indexed by KvDtype.
   void (*attention[static_cast<int>(KvDtype::kCount)])(const AttentionArgs&);
+  void (*merge_segments)(const AttentionArgs&);
   void (*store_kv[static_cast<int>(KvDtype::kCount)])(const StoreKvArgs&);
 
   // ops/logits.h

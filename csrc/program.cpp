@@ -13,8 +13,11 @@
 namespace hexad {
 namespace {
 
-constexpr int64_t kLogitRows = 32;    // rows whose logits exist at a time
-constexpr int64_t kMaximaTasks = 16;  // parts of a row whose maxima are found by different members
+constexpr int64_t kLogitRows = 32;  // rows whose logits exist at a time
+constexpr int64_t kPartialFloats = int64_t{1}
+                                   << 21;  // for attention over segments; what goes beyond is not split
+constexpr int64_t kSplitShare = 4;         // an attention task of more than 1/4 of a member's work is split
+constexpr int64_t kMaximaTasks = 16;       // parts of a row whose maxima are found by different members
 
 [[noreturn]] void fail(const std::string& message) { throw std::invalid_argument(message); }
 
@@ -292,7 +295,7 @@ void Program::op_attention(int q, int64_t q_column, int k, int64_t k_column, int
   auto found =
       std::find_if(tilings_.begin(), tilings_.end(), [&](const Tiling& t) { return t.tokens == tokens; });
   op->tiling = static_cast<int>(found - tilings_.begin());
-  if (found == tilings_.end()) tilings_.push_back({tokens, {}});
+  if (found == tilings_.end()) tilings_.push_back({tokens, {}, {}, {}});
   add_op(std::move(op));
 }
 
@@ -324,10 +327,13 @@ void Program::seal() {
   int64_t widest = 1, attention = 1;
   for (const Buffer& b : buffers_) widest = std::max(widest, b.features);
   for (const auto& op : ops_)
-    if (const auto* a = dynamic_cast<const AttentionOp*>(op.get()))
+    if (const auto* a = dynamic_cast<const AttentionOp*>(op.get())) {
       attention = std::max(
           attention,
           attention_scratch_floats(std::max<int64_t>(kAttentionRows, a->heads / a->kv_heads), a->head_dim));
+      partial_floats_ = std::max(partial_floats_, a->heads * segment_floats(a->head_dim));
+    }
+  if (partial_floats_ > 0) partials_ = allocate<float>(kPartialFloats);
   const int64_t columns = (widest + kGroup - 1) / kGroup * kGroup;
   const int64_t dense_tile = columns * kMaxTile * static_cast<int64_t>(sizeof(float));
   // Tiles of equal width are never more than the fewest there can be.
@@ -384,7 +390,7 @@ void Program::prefault() {
     for (const Buffer& b : buffers_) touch(b.data, shared);
     for (const Rope& r : ropes_) touch(r.table, shared);
     for (const Memory<char>* m : {&quantised_tiles_, &dense_tiles_}) touch(*m, shared);
-    for (const Memory<float>* m : {&logits_tile_, &logits_maxima_}) touch(*m, shared);
+    for (const Memory<float>* m : {&partials_, &logits_tile_, &logits_maxima_}) touch(*m, shared);
     const Scratch& s = scratch_[at(member)];
     for (const Memory<char>* m : {&s.tile, &s.dense_tile, &s.strip}) touch(*m, own);
     for (const Memory<float>* m :
@@ -415,7 +421,8 @@ int64_t Program::weight_bytes() const {
 
 int64_t Program::workspace_bytes() const {
   const auto bytes = [](const auto& memory) { return static_cast<int64_t>(memory.get_deleter().bytes); };
-  int64_t total = bytes(quantised_tiles_) + bytes(dense_tiles_) + bytes(logits_tile_) + bytes(logits_maxima_);
+  int64_t total = bytes(quantised_tiles_) + bytes(dense_tiles_) + bytes(partials_) + bytes(logits_tile_) +
+                  bytes(logits_maxima_);
   for (const Buffer& b : buffers_) total += bytes(b.data);
   for (const Rope& rope : ropes_) total += bytes(rope.table);
   for (const Scratch& s : scratch_)
@@ -459,8 +466,9 @@ void Program::forward(const BatchView& batch) {
     }
     for (Tiling& tiling : tilings_)
       for (int32_t row = begin; row < end; row += tiling.tokens)
-        tiling.tiles.push_back({static_cast<int32_t>(s), row, std::min(tiling.tokens, end - row)});
+        tiling.tiles.push_back({static_cast<int32_t>(s), row, std::min(tiling.tokens, end - row), 0, 0});
   }
+  for (Tiling& tiling : tilings_) split(tiling);
   for (int64_t i = 0; i < batch.samples; ++i)
     if (batch.sample_rows[i] < (i > 0 ? batch.sample_rows[i - 1] : 0) || batch.sample_rows[i] >= batch.rows)
       fail("sample rows are not ascending rows of the batch");
@@ -470,6 +478,32 @@ void Program::forward(const BatchView& batch) {
     for (const auto& op : ops_) op->run(*this, member, 0, op->sampled ? batch_.samples : batch_.rows);
   });
   batch_ = {};
+}
+
+void Program::split(Tiling& tiling) {
+  // What is worth splitting is a large part of what a member has to do; the work is that of one KV head.
+  constexpr int64_t kSegment = int64_t{kSegmentBlocks} * kBlockTokens;
+  const auto work = [&](const QueryTile& tile) {
+    return int64_t{tile.tokens} * (row_position_[at(tile.row)] + tile.tokens);
+  };
+  int64_t total = 0, used = 0;
+  for (const QueryTile& tile : tiling.tiles) total += work(tile);
+  tiling.tasks.clear();
+  tiling.split.clear();
+  for (size_t i = 0; i < tiling.tiles.size(); ++i) {
+    QueryTile& tile = tiling.tiles[i];
+    const int64_t segments = (row_position_[at(tile.row)] + tile.tokens - 1) / kSegment + 1;
+    const int64_t floats = segments * tile.tokens * partial_floats_;
+    if (team_.size() > 1 && segments > 1 && used + floats <= kPartialFloats &&
+        work(tile) * kSplitShare * team_.size() > total * cache_.kv_heads) {
+      tile.segments = static_cast<int32_t>(segments);
+      tile.partial = used;
+      used += floats;
+      tiling.split.push_back(static_cast<int32_t>(i));
+    }
+    for (int32_t segment = 0; segment < std::max(1, tile.segments); ++segment)
+      tiling.tasks.push_back({static_cast<int32_t>(i), segment});
+  }
 }
 
 void Program::check_head(int64_t rows) const {

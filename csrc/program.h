@@ -147,14 +147,23 @@ class Program {
     float magnitude;
     Memory<float> table;  // [max_rows][2][half]: cosines, then sines
   };
+  // segments: of keys, where they are computed apart; 0: they are not. partial: their place in `partials_`.
   struct QueryTile {
-    int32_t seq, row, tokens;
+    int32_t seq, row, tokens, segments;
+    int64_t partial;
   };
-  // The batch cut into runs of at most `tokens` rows of one sequence.
+  struct QueryTask {
+    int32_t tile, segment;
+  };
+  // The batch cut into runs of at most `tokens` rows of one sequence, and these, where they are long and few, into
+  // segments, so that there is enough for all members to do.
   struct Tiling {
     int tokens;
     std::vector<QueryTile> tiles;
+    std::vector<QueryTask> tasks;
+    std::vector<int32_t> split;  // tiles with segments
   };
+  void split(Tiling& tiling);
   struct Cache {
     int64_t layers = 0, kv_heads = 0, head_dim = 0, unit = 0, block_bytes = 0;  // unit: bytes of one head's K
     Memory<char> data;
@@ -173,6 +182,8 @@ class Program {
   Cache cache_;
   std::vector<Scratch> scratch_;
   Memory<char> quantised_tiles_, dense_tiles_;  // activation tiles of all rows, shared by the team
+  Memory<float> partials_;                      // attention over segments, for a layer at a time
+  int64_t partial_floats_ = 0;                  // of one query row over all KV heads, the most of any layer
   BatchView batch_{};
   std::vector<int32_t> row_seq_, row_position_;
 

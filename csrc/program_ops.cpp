@@ -267,11 +267,9 @@ void AttentionOp::run(Program& p, int member, int64_t begin, int64_t rows) {
     }
   });
 
-  const std::vector<Program::QueryTile>& tiles = p.tilings_[at(tiling)].tiles;
+  const Program::Tiling& cut = p.tilings_[at(tiling)];
   const int64_t group = heads / kv_heads;
-  p.team_.loop(member, static_cast<int64_t>(tiles.size()) * kv_heads, [&](int64_t task) {
-    const Program::QueryTile& tile = tiles[at(task / kv_heads)];
-    const int64_t head = task % kv_heads;
+  const auto args_of = [&](const Program::QueryTile& tile, int64_t head) {
     AttentionArgs args{};
     args.q = p.buffer(q).row(tile.row) + q_column + head * group * head_dim;
     args.q_stride = p.buffer(q).features;
@@ -289,7 +287,20 @@ void AttentionOp::run(Program& p, int member, int64_t begin, int64_t rows) {
     args.out = p.buffer(out).row(tile.row) + head * group * head_dim;
     args.out_stride = p.buffer(out).features;
     args.scratch = p.scratch_[at(member)].attention.get();
+    if (tile.segments > 0)
+      args.segments = p.partials_.get() + tile.partial +
+                      head * tile.segments * tile.tokens * group * segment_floats(head_dim);
+    return args;
+  };
+  p.team_.loop(member, static_cast<int64_t>(cut.tasks.size()) * kv_heads, [&](int64_t i) {
+    const Program::QueryTask& task = cut.tasks[at(i / kv_heads)];
+    AttentionArgs args = args_of(cut.tiles[at(task.tile)], i % kv_heads);
+    args.segment = task.segment;
     p.kernels_.attention[dtype](args);
+  });
+  if (cut.split.empty()) return;
+  p.team_.loop(member, static_cast<int64_t>(cut.split.size()) * kv_heads, [&](int64_t i) {
+    p.kernels_.merge_segments(args_of(cut.tiles[at(cut.split[at(i / kv_heads)])], i % kv_heads));
   });
 }
 

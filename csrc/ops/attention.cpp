@@ -98,10 +98,62 @@ void prefetch(const void* unit, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(unit) + i);
 }
 
+// Rows of a tile and the keys they see.
+struct Sight {
+  const AttentionArgs& a;
+
+  int64_t position(int64_t row) const { return a.position + row / a.group; }
+  int64_t first_key(int64_t row) const {
+    const int64_t key = position(row) + 1 - a.window;
+    return key > 0 ? key : 0;
+  }
+  // The rows that see one of `count` keys from `key` on, which some row of the tile does: they are adjacent.
+  struct Rows {
+    int64_t first, end;
+  };
+  Rows rows_that_see(int64_t key, int64_t count) const {
+    const int64_t first = key - a.position, end = key + count - 1 + a.window - a.position;
+    return {(first > 0 ? first : 0) * a.group, (end < a.tokens ? end : a.tokens) * a.group};
+  }
+};
+
+constexpr int64_t kSegment = int64_t{kSegmentBlocks} * kBlockTokens;
+
+// Writes a row's output.
+void finish_row(const AttentionArgs& a, int64_t r, const RowState& total, const float* o_total) {
+  float* to = a.out + r / a.group * a.out_stride + r % a.group * a.head_dim;
+  const float factor = 1.0f / total.weight;
+  for (int64_t i = 0; i < a.head_dim; i += 16) {
+    Mask m = first_lanes(a.head_dim - i);
+    store(to + i, mul(load(o_total + i), splat(factor)), m);
+  }
+}
+
+void merge_segments(const AttentionArgs& a) {
+  const int64_t padded = padded_head_dim(a.head_dim), rows = int64_t{a.tokens} * a.group;
+  const int64_t stride = segment_floats(a.head_dim);
+  const Sight sight{a};
+  float* o_total = a.scratch;
+  for (int64_t r = 0; r < rows; ++r) {
+    const int64_t first = sight.first_key(r) / kSegment, last = sight.position(r) / kSegment;
+    RowState total{};
+    for (int64_t segment = first; segment <= last; ++segment) {
+      float* o = a.segments + (segment * rows + r) * stride;
+      const RowState state{o[padded], o[padded + 1]};
+      if (segment > first) {
+        merge(total, o_total, state, o, padded);
+      } else {
+        total = state;
+        for (int64_t i = 0; i < padded; i += 16) store(o_total + i, load(o + i));
+      }
+    }
+    finish_row(a, r, total, o_total);
+  }
+}
+
 template <class T>
 void attention(const AttentionArgs& a) {
   constexpr bool kScaled = kDtype<T> == KvDtype::kQ8;
-  constexpr int64_t kSegment = int64_t{kSegmentBlocks} * kBlockTokens;
   const int64_t padded = padded_head_dim(a.head_dim), rows = int64_t{a.tokens} * a.group;
   const int64_t unit = kv_unit_bytes(kDtype<T>, a.head_dim);
   float* q = a.scratch;
@@ -118,38 +170,40 @@ void attention(const AttentionArgs& a) {
     for (int i = 0; i < a.head_dim; ++i) q[r * padded + i] = from[i] * a.scale;
   }
 
-  const auto first_key = [&](int64_t row) {
-    const int64_t key = a.position + row / a.group + 1 - a.window;
-    return key > 0 ? key : 0;
-  };
-  // The rows that see one of `count` keys from `key` on, which some row of the tile does: they are adjacent.
-  struct Rows {
-    int64_t first, end;
-  };
-  const auto rows_that_see = [&](int64_t key, int64_t count) {
-    const int64_t first = key - a.position, end = key + count - 1 + a.window - a.position;
-    return Rows{(first > 0 ? first : 0) * a.group, (end < a.tokens ? end : a.tokens) * a.group};
-  };
+  using Rows = Sight::Rows;
+  const Sight sight{a};
   const auto in_block = [&](int64_t block, int64_t offset) {
     return reinterpret_cast<const T*>(a.cache + a.blocks[block] * a.block_stride + offset);
   };
 
-  const int64_t last = a.position + a.tokens - 1, blocks = last / kBlockTokens + 1;
-  const int64_t first_block = first_key(0) / kBlockTokens;
+  const int64_t last = a.position + a.tokens - 1;
+  int64_t first_block = sight.first_key(0) / kBlockTokens, blocks = last / kBlockTokens + 1;
+  if (a.segments != nullptr) {
+    const int64_t begin = a.segment * kSegmentBlocks, end = begin + kSegmentBlocks;
+    first_block = begin > first_block ? begin : first_block;
+    blocks = end < blocks ? end : blocks;
+  }
+  if (first_block < blocks) {
+    prefetch(in_block(first_block, a.k_offset), unit);
+    prefetch(in_block(first_block, a.v_offset), unit);
+  }
   for (int64_t block = first_block; block < blocks; ++block) {
     const int64_t begin = block * kBlockTokens, segment_begin = begin / kSegment * kSegment;
     if (block == first_block || begin == segment_begin) {
-      const Rows fresh = rows_that_see(segment_begin, kSegment);
+      const Rows fresh = sight.rows_that_see(segment_begin, kSegment);
       for (int64_t r = fresh.first; r < fresh.end; ++r) {
         state[r] = {kMinusInfinity, 0};
         for (int64_t i = 0; i < padded; i += 16) store(o + r * padded + i, splat(0));
       }
     }
-    const Rows seeing = rows_that_see(begin, kBlockTokens);
+    const Rows seeing = sight.rows_that_see(begin, kBlockTokens);
     const int64_t seen = seeing.end - seeing.first,
                   keys = last + 1 - begin < kBlockTokens ? last + 1 - begin : kBlockTokens;
     const T *k = in_block(block, a.k_offset), *v = in_block(block, a.v_offset);
-    prefetch(v, unit);
+    if (block + 1 < blocks) {  // a block's work is about as long as memory takes to answer
+      prefetch(in_block(block + 1, a.k_offset), unit);
+      prefetch(in_block(block + 1, a.v_offset), unit);
+    }
 
     // With many rows it pays to turn the block into floats once; the numbers are the same.
     const bool unpack = sizeof(T) != sizeof(float) && seen > 12;
@@ -177,7 +231,7 @@ void attention(const AttentionArgs& a) {
         second = mul(second, load(scales + 16));
       }
       const F32 hidden = splat(kMinusInfinity);
-      const int64_t visible = a.position + r / a.group + 1 - begin, skipped = first_key(r) - begin;
+      const int64_t visible = a.position + r / a.group + 1 - begin, skipped = sight.first_key(r) - begin;
       if (visible < kBlockTokens) {
         first = select(first_lanes(visible), first, hidden);
         second = select(first_lanes(visible > 16 ? visible - 16 : 0), second, hidden);
@@ -207,15 +261,19 @@ void attention(const AttentionArgs& a) {
       store(row + 16, second);
     }
 
-    if (block + 1 < blocks) prefetch(in_block(block + 1, a.k_offset), unit);
     for (int64_t column = 0; column < padded; column += 32)
       multiply(s, 32, v + column, v_floats + column, padded, keys, true, o + seeing.first * padded + column,
                padded);
 
     if (begin + kBlockTokens < segment_begin + kSegment && block + 1 < blocks) continue;
-    const Rows done = rows_that_see(segment_begin, kSegment);
+    const Rows done = sight.rows_that_see(segment_begin, kSegment);
     for (int64_t r = done.first; r < done.end; ++r) {
-      if (first_key(r) < segment_begin) {
+      if (a.segments != nullptr) {
+        float* to = a.segments + (a.segment * rows + r) * segment_floats(a.head_dim);
+        for (int64_t i = 0; i < padded; i += 16) store(to + i, load(o + r * padded + i));
+        to[padded] = state[r].largest;
+        to[padded + 1] = state[r].weight;
+      } else if (sight.first_key(r) < segment_begin) {
         merge(total[r], o_total + r * padded, state[r], o + r * padded, padded);
       } else {  // the first segment the row sees
         total[r] = state[r];
@@ -224,14 +282,8 @@ void attention(const AttentionArgs& a) {
     }
   }
 
-  for (int64_t r = 0; r < rows; ++r) {
-    float* to = a.out + r / a.group * a.out_stride + r % a.group * a.head_dim;
-    const float factor = 1.0f / total[r].weight;
-    for (int64_t i = 0; i < a.head_dim; i += 16) {
-      Mask m = first_lanes(a.head_dim - i);
-      store(to + i, mul(load(o_total + r * padded + i), splat(factor)), m);
-    }
-  }
+  if (a.segments == nullptr)
+    for (int64_t r = 0; r < rows; ++r) finish_row(a, r, total[r], o_total + r * padded);
 }
 
 // x made finite: within ±limit, and 0 for NaN.
@@ -290,6 +342,7 @@ void fill_attention(Kernels& table) {
   fill<float>(table, store_kv<float>);
   fill<uint16_t>(table, store_kv<uint16_t>);
   fill<int8_t>(table, store_q8);
+  table.merge_segments = merge_segments;
 }
 
 }  // namespace hexad::HEXAD_NAMESPACE

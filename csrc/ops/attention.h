@@ -44,6 +44,10 @@ struct AttentionArgs {
   float* out;          // [tokens][out_stride]
   int64_t out_stride;  // floats
   float* scratch;      // attention_scratch_floats(tokens · group, head_dim)
+  // Where a tile's segments are computed apart: the one to compute, and [segments][rows][segment_floats(head_dim)]
+  // for what comes of it, which `merge_segments` then makes the output of. Null: all are computed and merged.
+  int64_t segment;
+  float* segments;
 };
 
 struct StoreKvArgs {
@@ -59,6 +63,9 @@ constexpr float kQ8Limit = 3.4e38f;
 constexpr int64_t kNoWindow = int64_t{1} << 31;  // positions are int32
 
 static constexpr int64_t padded_head_dim(int64_t head_dim) { return (head_dim + 31) / 32 * 32; }
+
+// What is kept of a row's segment: o, then m and l.
+static constexpr int64_t segment_floats(int64_t head_dim) { return padded_head_dim(head_dim) + 16; }
 
 // Bytes of one head's K (or V) in a block.
 static constexpr int64_t kv_unit_bytes(KvDtype dtype, int64_t head_dim) {

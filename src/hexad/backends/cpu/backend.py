@@ -27,6 +27,8 @@ _TILE_ROWS = 6
 """Rows of an activation tile (csrc/kernels.h)."""
 _KERNEL_SCRATCH = 2 * 192 * 32 * 4 + 24 * 1024
 """Bytes of a thread's panel outputs and unpacked strip (csrc/program_ops.h, csrc/ops/linear.h)."""
+_PARTIAL_BYTES = 8 << 20
+"""Bytes for attention over segments (csrc/program.cpp)."""
 _SAMPLER_BYTES = 20
 """Bytes per token of the vocabulary that a thread's sampler takes: a row, its candidates, its marks
 (csrc/sampler.h)."""
@@ -73,7 +75,7 @@ class CpuBackend:
 
     def workspace_bytes(self, graph: Graph, options: CompileOptions, limits: Limits) -> int:
         """Bytes of what csrc/program.cpp allocates: value buffers, activation tiles, RoPE tables, 32 rows of
-        logits, each thread's scratch."""
+        logits, attention's segments, each thread's scratch."""
         features = plan_buffers(graph).features
         widest = _padded(max(features, default=1))
         groups = widest // 32
@@ -98,7 +100,8 @@ class CpuBackend:
             + _KERNEL_SCRATCH
         )
         return (
-            limits.max_rows * per_row
+            (_PARTIAL_BYTES if attention else 0)
+            + limits.max_rows * per_row
             + -(-limits.max_rows // _TILE_ROWS) * tile
             + 32 * 4 * graph.vocab_size
             + (options.threads or cpu_count()) * per_thread
