@@ -120,7 +120,7 @@ def measure(
                 **{work: [] for work in works},
             }
         _warm_up(workers, works, sizes, session)
-        _check_agreement(workers, samples(model), options.least_agreement, session)
+        _check_agreement(workers, samples(model)[: sizes.requests], options.least_agreement, session)
         turn = 0
         while turn < options.runs:
             time.sleep(PAUSE)

@@ -29,9 +29,10 @@ def load(model: str, threads: int, context: int, batch: int, batch_context: int)
 
 
 def generate(prompts: list[list[int]], count: int) -> dict[str, Any]:
-    """See benchmarks.compare.engines. Shorter prompts are padded on the left, as its own tokenizer does."""
+    """See benchmarks.compare.engines. Shorter prompts are padded on the right,
+    where its attention kernel leaves them out."""
     longest = max(len(prompt) for prompt in prompts)
-    padded = [[_Engine.pad] * (longest - len(prompt)) + prompt for prompt in prompts]
+    padded = [prompt + [_Engine.pad] * (longest - len(prompt)) for prompt in prompts]
     length = longest + count
     begin = time.perf_counter()
     params = onnxruntime_genai.GeneratorParams(_Engine.model)
