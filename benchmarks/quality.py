@@ -107,7 +107,7 @@ def main() -> None:
             name: WindowLogits(checkpoint, "cpu", compiled, WINDOW) for name, compiled in settings.items()
         }
         if options.peer_python:
-            peer = stack.enter_context(Worker(options.peer_python, "benchmarks.compare.llama_cpp_worker"))
+            peer = stack.enter_context(Worker(options.peer_python, "benchmarks.compare.engines.llama_cpp"))
             peer("load", model=str(path), threads=2)
             engines["llama.cpp"] = _PeerLogits(peer, Path(stack.enter_context(tempfile.TemporaryDirectory())))
         result = compare(checkpoint, engines)

@@ -28,7 +28,7 @@ class EngineConfig:
     max_num_seqs: most sequences in one step.
     max_num_batched_tokens: most tokens in one step.
     max_step_ms: longest that a step may take while streams run, in milliseconds, which bounds the chunks of
-        prompts beside them; None: 2.5 × a step of those streams alone. Never more than a second.
+        prompts beside them; None: twice a step of those streams alone. Never more than a second.
     scheduling_policy: "fcfs" serves in order of arrival, "priority" by the requests' priority, lowest first.
     enable_prefix_caching: keep the KV of finished sequences for others that begin alike.
     kv_cache_gib, kv_cache_tokens: memory for the KV cache in GiB, or the tokens it is to hold; at most one of

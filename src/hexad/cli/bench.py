@@ -90,14 +90,13 @@ def throughput(model: str, settings: Mapping[str, Any], workload: Workload, outp
     needed = work(
         done, max_num_seqs=config.max_num_seqs, max_num_batched_tokens=config.max_num_batched_tokens
     )
-    found["limit_output_tok_s"] = found["output_tokens"] / machine.least_seconds(needed)
-    found["limit_fraction"] = found["output_tok_s"] / found["limit_output_tok_s"]
+    found["limit_fraction"] = machine.least_seconds(needed) / found["seconds"]
+    rates = ("output_tok_s", "total_tok_s", "requests_per_s")
+    found |= {f"limit_{rate}": found[rate] / found["limit_fraction"] for rate in rates}
     lines = [
         f"{model}: {len(jobs)} requests, {_lengths(jobs)}",
         str(machine),
-        *speeds(
-            found, ("output_tok_s", "limit_output_tok_s"), ("total_tok_s", None), ("requests_per_s", None)
-        ),
+        *speeds(found, *rates),
         f"{'prefix cache':<16}{found['cached_tokens']:>10,} of {found['prompt_tokens']:,} prompt tokens",
         f"{'preemptions':<16}{found['preemptions']:>10,}",
         *_spreads(found),
@@ -150,7 +149,7 @@ def latency(
     lines = [
         f"{model}: batches of {len(jobs)}, {_lengths(jobs)}, {iters} times",
         str(machine),
-        *speeds(found, ("prefill_tok_s", "limit_prefill_tok_s"), ("decode_tok_s", "limit_decode_tok_s")),
+        *speeds(found, "prefill_tok_s", "decode_tok_s"),
         *_spreads(found, "batch"),
     ]
     record = {
@@ -202,7 +201,9 @@ class Machine:
 
     def __str__(self) -> str:
         threads = f"{self.threads} thread{'s' * (self.threads > 1)}"
-        return f"{self.cpu}, {threads}, {self.hardware.isa}; hexad {version('hexad')}"
+        bandwidth, int8_rate = self.hardware.bandwidth or 0, self.hardware.int8_rate or 0
+        rates = f"{bandwidth / 1e9:.1f} GB/s, {int8_rate / 1e9:,.0f} GMAC/s in int8"
+        return f"{self.cpu}, {threads}, {self.hardware.isa}, {rates}; hexad {version('hexad')}"
 
 
 def _check_context(llm: LLM, jobs: Sequence[Job]) -> None:
@@ -289,16 +290,20 @@ _NAMES = {
 }
 
 
-def speeds(found: Mapping[str, float], *pairs: tuple[str, str | None]) -> list[str]:
-    """A line for each of these figures that there is, with the limit named beside it, if any."""
+def speeds(found: Mapping[str, float], *keys: str) -> list[str]:
+    """Each figure that there is, with the machine's limit beside it, if any is known."""
     lines = []
-    for key, limit in pairs:
+    for key in keys:
         if key in found:
-            line = f"{_NAMES[key]:<16}{found[key]:>10,.{2 if found[key] < 100 else 0}f}"
-            if limit is not None:
-                line += f"  {found[key] / found[limit]:.0%} of this machine's limit of {found[limit]:,.0f}"
+            line = f"{_NAMES[key]:<16}{_number(found[key]):>10}"
+            if (limit := found.get(f"limit_{key}")) is not None:
+                line += f"  {found[key] / limit:.0%} of this machine's limit of {_number(limit)}"
             lines.append(line)
     return lines
+
+
+def _number(value: float) -> str:
+    return f"{value:,.{2 if value < 100 else 0}f}"
 
 
 def _spreads(found: Mapping[str, float], *first: str) -> list[str]:

@@ -328,7 +328,7 @@ def serve(
     lines = [
         f"{model} at {target}: {len(done.answers)} requests, {load}",
         _totals(done, found),
-        *speeds(found, ("output_tok_s", None), ("total_tok_s", None), ("requests_per_s", None)),
+        *speeds(found, "output_tok_s", "total_tok_s", "requests_per_s"),
         *_goodput(found, bounds),
         f"{'completed':<16}{found['completed']:>10,}",
         *(f"{kind:<16}{error['count']:>10,}  {error['example']}".rstrip() for kind, error in errors.items()),

@@ -1,8 +1,9 @@
-"""llama.cpp through the low-level API of llama-cpp-python; see benchmarks.worker. Needs no hexad."""
+"""llama.cpp through the low-level API of llama-cpp-python."""
 
 from __future__ import annotations
 
 import ctypes
+import functools
 import time
 from typing import Any
 
@@ -12,15 +13,13 @@ from numpy.typing import NDArray
 
 from benchmarks.worker import serve
 
-CONTEXT = 1024
 CHUNK = 512
 
 
 class _Engine:
     model: Any
     context: Any
-    batch_context: Any = None
-    sequences = 0
+    batch_context: Any
     threads: int
     vocab_size: int
 
@@ -28,8 +27,11 @@ class _Engine:
 _silent = lib.llama_log_callback(lambda level, text, data: None)
 
 
-def load(model: str, threads: int) -> dict[str, str]:
-    """Opens the model; the settings are those that are fastest for one stream on a CPU."""
+def load(
+    model: str, threads: int, context: int = 1024, batch: int = 0, batch_context: int = 0
+) -> dict[str, str]:
+    """One context for a single stream and one for batches, made at the first. In that each sequence has a KV
+    cache of its own, which is faster here than one for all."""
     lib.llama_log_set(_silent, ctypes.c_void_p())
     lib.llama_backend_init()
     handle = lib.llama_model_load_from_file(model.encode(), lib.llama_model_default_params())
@@ -37,35 +39,16 @@ def load(model: str, threads: int) -> dict[str, str]:
         raise SystemExit(f"llama.cpp cannot load {model}.")
     _Engine.model = handle
     _Engine.threads = threads
-    _Engine.context = _new_context(1, CONTEXT)
+    _Engine.context = _new_context(1, context)
+    _Engine.batch_context = functools.cache(lambda: _new_context(batch, batch * batch_context))
     _Engine.vocab_size = lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(handle))
-    return {"version": lib.__version__, "system": lib.llama_print_system_info().decode().strip(" |")}
+    return {"version": lib.__version__, "settings": lib.llama_print_system_info().decode().strip(" |")}
 
 
-def generate(tokens: list[int], count: int) -> dict[str, Any]:
-    """`count` greedy tokens after `tokens`, end of sequence ignored: seconds and the tokens."""
-    begin = time.perf_counter()
-    _forget()
-    _decode(tokens)
-    made = [_greedy()]
-    while len(made) < count:
-        _decode(made[-1:])
-        made.append(_greedy())
-    return {"seconds": time.perf_counter() - begin, "tokens": made}
-
-
-def generate_batch(prompts: list[list[int]], count: int) -> dict[str, Any]:
-    """`generate` for several prompts at once: seconds, and the tokens of each.
-
-    Prompts in chunks of CHUNK tokens, across the borders of sequences; then one token of each sequence per
-    step. Each sequence has a KV cache of its own, which is faster here than one for all.
-    """
-    if _Engine.sequences < len(prompts):
-        if _Engine.batch_context:
-            lib.llama_free(_Engine.batch_context)
-        _Engine.sequences = len(prompts)
-        _Engine.batch_context = _new_context(len(prompts), CONTEXT * len(prompts))
-    context = _Engine.batch_context
+def generate(prompts: list[list[int]], count: int) -> dict[str, Any]:
+    """See benchmarks.compare.engines. Prompts in chunks of CHUNK tokens, across the borders of sequences;
+    then one token of each sequence per step."""
+    context = _Engine.context if len(prompts) == 1 else _Engine.batch_context()
     batch = lib.llama_batch_init(CHUNK, 0, 1)
     begin = time.perf_counter()
     _forget(context)
@@ -77,7 +60,7 @@ def generate_batch(prompts: list[list[int]], count: int) -> dict[str, Any]:
     made: list[list[int]] = [[] for _ in prompts]
     for start in range(0, len(rows), CHUNK):
         chunk = rows[start : start + CHUNK]
-        _decode_rows(context, batch, chunk)
+        _decode(context, batch, chunk)
         for row, (_, _, sequence, wanted) in enumerate(chunk):
             if wanted:
                 made[sequence].append(_greedy(context, row))
@@ -86,7 +69,7 @@ def generate_batch(prompts: list[list[int]], count: int) -> dict[str, Any]:
             (tokens[-1], len(prompt) + len(tokens) - 1, sequence, True)
             for sequence, (prompt, tokens) in enumerate(zip(prompts, made, strict=True))
         ]
-        _decode_rows(context, batch, step)
+        _decode(context, batch, step)
         for row, tokens in enumerate(made):
             tokens.append(_greedy(context, row))
     seconds = time.perf_counter() - begin
@@ -96,9 +79,9 @@ def generate_batch(prompts: list[list[int]], count: int) -> dict[str, Any]:
 
 def logits(tokens: list[int], path: str) -> None:
     """Writes the logits of every position, float32 [tokens, vocab], as an .npy file."""
-    _forget()
+    _forget(_Engine.context)
     batch = lib.llama_batch_init(len(tokens), 0, 1)
-    _decode_rows(_Engine.context, batch, [(token, row, 0, True) for row, token in enumerate(tokens)])
+    _decode(_Engine.context, batch, [(token, row, 0, True) for row, token in enumerate(tokens)])
     rows = np.ctypeslib.as_array(lib.llama_get_logits(_Engine.context), (len(tokens), _Engine.vocab_size))
     np.save(path, rows)
     lib.llama_batch_free(batch)
@@ -117,11 +100,11 @@ def _new_context(sequences: int, tokens: int) -> Any:
     return context
 
 
-def _forget(context: Any = None) -> None:
-    lib.llama_memory_clear(lib.llama_get_memory(context or _Engine.context), True)
+def _forget(context: Any) -> None:
+    lib.llama_memory_clear(lib.llama_get_memory(context), True)
 
 
-def _decode_rows(context: Any, batch: Any, rows: list[tuple[int, int, int, bool]]) -> None:
+def _decode(context: Any, batch: Any, rows: list[tuple[int, int, int, bool]]) -> None:
     """Decodes (token, position, sequence, whether its logits are wanted) rows."""
     batch.n_tokens = len(rows)
     for row, (token, position, sequence, wanted) in enumerate(rows):
@@ -130,26 +113,17 @@ def _decode_rows(context: Any, batch: Any, rows: list[tuple[int, int, int, bool]
         batch.n_seq_id[row] = 1
         batch.seq_id[row][0] = sequence
         batch.logits[row] = wanted
-    _check(lib.llama_decode(context, batch))
+    if status := lib.llama_decode(context, batch):
+        raise SystemExit(f"llama_decode failed with {status}.")
 
 
-def _decode(tokens: list[int]) -> None:
-    array = (lib.llama_token * len(tokens))(*tokens)
-    _check(lib.llama_decode(_Engine.context, lib.llama_batch_get_one(array, len(tokens))))
-
-
-def _greedy(context: Any = None, row: int = -1) -> int:
+def _greedy(context: Any, row: int) -> int:
     """The likeliest token after a row of the last batch."""
     logits: NDArray[np.float32] = np.ctypeslib.as_array(
-        lib.llama_get_logits_ith(context or _Engine.context, row), (_Engine.vocab_size,)
+        lib.llama_get_logits_ith(context, row), (_Engine.vocab_size,)
     )
     return int(logits.argmax())
 
 
-def _check(status: int) -> None:
-    if status:
-        raise SystemExit(f"llama_decode failed with {status}.")
-
-
 if __name__ == "__main__":
-    serve(load, generate, generate_batch, logits)
+    serve(load, generate, logits)
