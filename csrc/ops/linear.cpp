@@ -18,11 +18,6 @@ constexpr int64_t kAhead = 4096;
 template <int W>
 constexpr int64_t kGroupBytes = activation_group_bytes(W, kPairSums);
 
-template <class Codec>
-constexpr int kZeroOf = Codec::kBits == 8 ? kByteZero : Codec::kZero;
-template <class Codec>
-using DotsOf = Dots<Codec::kBits, 8 / Codec::kParts, kZeroOf<Codec>>;
-
 // H halves of a panel × T of a tile's W rows, over `count` groups of activations at `x`. These belong to the
 // panel's groups 0, 1, … or, if `index` is given, index[0], index[1], …; `out` is [T][32]. `resume` goes on from
 // what it holds.
@@ -75,7 +70,7 @@ inline __attribute__((always_inline)) void quantised_block(const typename Codec:
       HEXAD_UNROLL
       for (int j = 0; j < kQuads; ++j) {
         const int c = Codec::order(part * kQuads + j);
-        Quads weights[H];
+        typename DotsOf<Codec>::Weights weights[H];
         for (int h = 0; h < H; ++h) weights[h] = Codec::quad(block, g, c, first_half + h);
         HEXAD_UNROLL
         for (int t = 0; t < T; ++t) {
@@ -217,11 +212,12 @@ void quantised(const LinearArgs& a) {
       quantised_tile<Packed, W>(panel, nullptr, groups, tiles + i * a.tile_stride, false, out(i));
   } else {
     using Unpacked = Strip<Packed>;
-    static_assert(sizeof(typename Unpacked::Block) * kStripGroups <= kStripBytes);
-    static_assert(kStripGroups % Packed::kGroups == 0);
+    // As many groups as fit, in whole blocks of all codecs.
+    constexpr int64_t kFit = kStripBytes / sizeof(typename Unpacked::Block);
+    constexpr int64_t kStrip = kFit < kStripGroups ? kFit / kSuperGroups * kSuperGroups : kStripGroups;
     auto* strip = static_cast<typename Unpacked::Block*>(a.scratch);
-    for (int64_t first = 0; first < groups; first += kStripGroups) {
-      const int64_t count = groups - first < kStripGroups ? groups - first : kStripGroups;
+    for (int64_t first = 0; first < groups; first += kStrip) {
+      const int64_t count = groups - first < kStrip ? groups - first : kStrip;
       Unpacked::unpack(panel, first, count, strip);
       const Block* next = panel + (first + count) / Packed::kGroups;
       for (int i = 0; i < a.tile_count; ++i) {

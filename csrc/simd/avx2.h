@@ -5,6 +5,7 @@
 #include <immintrin.h>
 
 #include <cstdint>
+#include <type_traits>
 
 // Before a loop over tile slots or quads: its vectors are to stay in registers.
 #define HEXAD_UNROLL _Pragma("GCC unroll 16")
@@ -223,6 +224,17 @@ inline I32 byte_of(Quads x, int index) {
           _mm256_and_si256(_mm256_srli_epi32(x.high, 8 * index), mask)};
 }
 
+// Byte codes as products of signed bytes take them: less 128, and the magnitude of that.
+struct SignedQuads {
+  Quads value, magnitude;
+  SignedQuads() = default;
+  SignedQuads(Quads codes) {
+    const __m256i middle = _mm256_set1_epi8(-128);
+    value = {_mm256_xor_si256(codes.low, middle), _mm256_xor_si256(codes.high, middle)};
+    magnitude = {_mm256_abs_epi8(value.low), _mm256_abs_epi8(value.high)};
+  }
+};
+
 // kCount dots of quads of kBits-bit codes with activations within ±127, one after another, exact; `from` is added to
 // their sum.
 //
@@ -236,6 +248,7 @@ inline I32 byte_of(Quads x, int index) {
 // for most of the float sums.
 template <int kBits, int kCount, int kZero = 0>
 struct Dots {
+  using Weights = std::conditional_t<kBits == 8, SignedQuads, Quads>;
   static constexpr int kSlots = 3;
   static constexpr int kFit = 32767 / (2 * 127 * (kBits == 8 ? 128 : (1 << kBits) - 1));
   static constexpr bool kPairs =
@@ -254,15 +267,14 @@ struct Dots {
     add(j, 0, weights.low, activations.low);
     add(j, 1, weights.high, activations.high);
   }
+  void add(int j, const SignedQuads& weights, Quads activations) {
+    add(j, 0, weights.magnitude.low, _mm256_sign_epi8(activations.low, weights.value.low));
+    add(j, 1, weights.magnitude.high, _mm256_sign_epi8(activations.high, weights.value.high));
+  }
   I32 end(I32 from) const { return {end(0, from.low), end(1, from.high)}; }
 
  private:
   void add(int j, int i, __m256i w, __m256i x) {
-    if constexpr (kBits == 8) {
-      w = _mm256_xor_si256(w, _mm256_set1_epi8(-128));
-      x = _mm256_sign_epi8(x, w);
-      w = _mm256_abs_epi8(w);
-    }
     __m256i pairs = _mm256_maddubs_epi16(w, x);
     if (j % kRun > 0) {
       // Inline assembly because GCC 12 would form all products first, spill them and add them as a tree.

@@ -12,6 +12,7 @@ namespace {
 // of several pairs is followed by another, a dot takes two registers.
 template <int kBits, int kCount, int kZero = 0>
 struct Dots {
+  using Weights = Quads;
   static constexpr int kFit = 32767 / (2 * 127 * (kBits == 8 ? 128 : (1 << kBits) - 1));
   static constexpr bool kPairs =
       kFit < kCount && kZero == 1 << (kBits - 1) && 2 * 127 * kZero * kCount < 1 << 15;

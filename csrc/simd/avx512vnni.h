@@ -17,6 +17,7 @@ inline I32 dot(I32 acc, Quads weights, Quads activations) {
 // to have at most kSlots batch rows.
 template <int kBits, int kCount, int kZero = 0>
 struct Dots {
+  using Weights = Quads;
   static constexpr bool kPairs = false;
   static constexpr int kSlots = kTileSlots;
   I32 sum;

@@ -198,6 +198,7 @@ inline I32 dot(I32 acc, Quads weights, Quads activations) {
 // have at most kSlots batch rows.
 template <int kBits, int kCount, int kZero = 0>
 struct Dots {
+  using Weights = Quads;
   static constexpr bool kPairs = false;
   static constexpr int kSlots = 6;
   I32 sum;

@@ -278,6 +278,7 @@ constexpr int kByteZero = 0;
 // are to have at most kSlots batch rows: three of one half have 24 of the 32 registers for their sums.
 template <int kBits, int kCount, int kZero = 0>
 struct Dots {
+  using Weights = Quads;
   static constexpr bool kPairs = false;
   static constexpr int kSlots = 3;
   I32 sum;
