@@ -73,7 +73,10 @@ void LinearOp::run(Program& p, int member, int64_t begin, int64_t rows) {
   int64_t units = 0;
   for (const Projection& projection : projections) units += p.weight(projection.weight).panels();
   if (epilogue == Epilogue::kGated) units /= 2;
-  const int64_t tile_bytes = std::max(work.quantised_stride, work.dense_stride);
+  // Of a quantised tile's room for outliers little is in use.
+  const int64_t outliers = outlier_capacity(work.columns / kGroup, work.width) *
+                           activation_group_bytes(work.width, p.kernels_.pair_sums);
+  const int64_t tile_bytes = std::max(work.quantised_stride - outliers, work.dense_stride);
   const int64_t most = std::clamp<int64_t>(kBlockBytes / tile_bytes, 8, kMaxBlockRows / work.width);
   const int64_t blocks = (work.tiles + most - 1) / most, per_block = (work.tiles + blocks - 1) / blocks;
   p.team_.loop(member, blocks * units, [&](int64_t task) {

@@ -45,12 +45,14 @@ float quantise_group(F32 first, F32 second, int slot, int width, char* group) {
   totals[slot] = -4 * total;
   totals[width + slot] = -4 * first_total;
   if (kPairSums) {
-    int sums[2][2] = {};
-    for (int c = 0; c < kGroup; ++c) sums[c / 16][c % 4 / 2] -= 4 * bytes[c];
+    constexpr float kFirst[16] = {1, 1, 0, 0, 1, 1, 0, 0, 1, 1, 0, 0, 1, 1, 0, 0};
     int16_t* pairs = reinterpret_cast<int16_t*>(totals + 2 * width) + 2 * slot;
-    for (int half = 0; half < 2; ++half)
-      for (int pair = 0; pair < 2; ++pair)
-        pairs[2 * half * width + pair] = static_cast<int16_t>(sums[half][pair]);
+    for (int half = 0; half < 2; ++half, pairs += 2 * width) {
+      const int both = half == 0 ? first_total : total - first_total;
+      const int pair = static_cast<int>(sum(mul(to_float(q[half]), load(kFirst))));  // integers, exact
+      pairs[0] = static_cast<int16_t>(-4 * pair);
+      pairs[1] = static_cast<int16_t>(-4 * (both - pair));
+    }
   }
   return d;
 }
