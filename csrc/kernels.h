@@ -45,7 +45,8 @@ struct Kernels {
   const char* isa;
 
   // ops/linear.h; indexed by Layout. `quantised` multiplies int8 activation tiles (null for dense layouts), `dense`
-  // float ones.
+  // float ones. pair_sums: whether int8 ones have `p`.
+  bool pair_sums;
   void (*linear_quantised[static_cast<int>(Layout::kCount)])(const LinearArgs&);
   void (*linear_dense[static_cast<int>(Layout::kCount)])(const LinearArgs&);
   void (*gather_row[static_cast<int>(Layout::kCount)])(const void* panels, int64_t row, int64_t columns,

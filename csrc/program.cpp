@@ -338,12 +338,12 @@ void Program::seal() {
   const int64_t dense_tile = columns * kMaxTile * static_cast<int64_t>(sizeof(float));
   // Tiles of equal width are never more than the fewest there can be.
   const int64_t tiles = (options_.max_rows + kMaxTile - 1) / kMaxTile;
-  quantised_tiles_ = allocate<char>(at(quantised_tile_bytes(columns, kMaxTile) * tiles));
+  quantised_tiles_ = allocate<char>(at(quantised_tile_bytes(columns, kMaxTile, kernels_.pair_sums) * tiles));
   dense_tiles_ = allocate<char>(at(dense_tile * tiles));
   scratch_.resize(at(team_.size()));
   for (Scratch& s : scratch_) {
     s.rows = allocate<float>(at(columns * kMaxTile));
-    s.tile = allocate<char>(at(quantised_tile_bytes(columns, kMaxTile)));
+    s.tile = allocate<char>(at(quantised_tile_bytes(columns, kMaxTile, kernels_.pair_sums)));
     s.dense_tile = allocate<char>(at(dense_tile));
     s.outliers.resize(at(columns / kGroup));
     for (auto& out : s.out) out = allocate<float>(at(kMaxBlockRows * kPanelRows));

@@ -54,7 +54,7 @@ void LinearOp::run(Program& p, int member, int64_t begin, int64_t rows) {
   work.tiles = (rows + work.width - 1) / work.width;
   for (const Projection& projection : projections) {
     if (p.quantises(p.weight(projection.weight)))
-      work.quantised_stride = quantised_tile_bytes(work.columns, work.width);
+      work.quantised_stride = quantised_tile_bytes(work.columns, work.width, p.kernels_.pair_sums);
     else
       work.dense_stride = work.columns * work.width * static_cast<int64_t>(sizeof(float));
   }
@@ -73,7 +73,10 @@ void LinearOp::run(Program& p, int member, int64_t begin, int64_t rows) {
   int64_t units = 0;
   for (const Projection& projection : projections) units += p.weight(projection.weight).panels();
   if (epilogue == Epilogue::kGated) units /= 2;
-  const int64_t tile_bytes = std::max(work.quantised_stride, work.dense_stride);
+  // Of a quantised tile's room for outliers little is in use.
+  const int64_t outliers = outlier_capacity(work.columns / kGroup, work.width) *
+                           activation_group_bytes(work.width, p.kernels_.pair_sums);
+  const int64_t tile_bytes = std::max(work.quantised_stride - outliers, work.dense_stride);
   const int64_t most = std::clamp<int64_t>(kBlockBytes / tile_bytes, 8, kMaxBlockRows / work.width);
   const int64_t blocks = (work.tiles + most - 1) / most, per_block = (work.tiles + blocks - 1) / blocks;
   p.team_.loop(member, blocks * units, [&](int64_t task) {
@@ -100,12 +103,13 @@ void LinearOp::prepare(Program& p, const Work& work, int member, int64_t tile) c
     input[slot] = normed;
   }
   if (work.quantised_stride) {
-    const int64_t groups = work.columns / kGroup, group_bytes = activation_group_bytes(work.width);
+    const int64_t groups = work.columns / kGroup,
+                  group_bytes = activation_group_bytes(work.width, p.kernels_.pair_sums);
     std::fill_n(scratch.outliers.begin(), groups, uint8_t{0});
     for (int slot = 0; slot < count; ++slot)
       p.kernels_.quantise(input[slot], work.columns, slot, work.width, quantised, scratch.outliers.data());
     auto* outlier_count = reinterpret_cast<int32_t*>(quantised + groups * group_bytes);
-    char* rest = quantised + outlier_offset(groups, work.width);
+    char* rest = quantised + outlier_offset(groups, work.width, p.kernels_.pair_sums);
     *outlier_count = 0;
     for (int64_t g = 0; g < groups; ++g) {
       if (scratch.outliers[at(g)] == 0) continue;

@@ -166,12 +166,18 @@ struct F32Dense {
   static F32 weight(const Block& b, int half) { return load(b.w + 16 * half); }
 };
 
+// The zero point that dots of a codec's codes leave in their sum.
+template <class Codec>
+constexpr int kZeroOf = Codec::kBits == 8 ? kByteZero : Codec::kZero;
+template <class Codec>
+using DotsOf = Dots<Codec::kBits, 8 / Codec::kParts, kZeroOf<Codec>>;
+
 // A strip of a panel unpacked to bytes and float scales, for many tiles to share: the same numbers, ready to use.
-template <int kParts>
+template <class Packed>
 struct StripGroup {
-  float d[kParts][kPanelRows];
-  float m[kParts][kPanelRows];
-  uint8_t quads[8][kPanelRows][4];
+  float d[Packed::kParts][kPanelRows];
+  float m[Packed::kParts][kPanelRows];
+  typename DotsOf<Packed>::Weights quads[8][2];  // of both halves
 };
 
 template <class Packed>
@@ -179,11 +185,11 @@ struct Strip {
   static constexpr int kGroups = 1, kParts = Packed::kParts, kBits = Packed::kBits, kZero = Packed::kZero;
   static constexpr bool kPacked = false;
   static constexpr bool kHasMinimum = Packed::kHasMinimum;
-  using Block = StripGroup<kParts>;
+  using Block = StripGroup<Packed>;
   static F32 scale(const Block& b, int, int part, int half) { return load(b.d[part] + 16 * half); }
   static F32 minimum(const Block& b, int, int part, int half) { return load(b.m[part] + 16 * half); }
   static constexpr int order(int i) { return i; }
-  static Quads quad(const Block& b, int, int c, int half) { return load_quads(b.quads[c][16 * half]); }
+  static auto quad(const Block& b, int, int c, int half) { return b.quads[c][half]; }
 
   // Unpacks `groups` groups of a panel from group `first` on.
   static void unpack(const typename Packed::Block* panel, int64_t first, int64_t groups, Block* to) {
@@ -199,7 +205,7 @@ struct Strip {
         HEXAD_UNROLL
         for (int i = 0; i < 8; ++i) {
           const int c = Packed::order(i);
-          store_quads(to->quads[c][16 * half], Packed::quad(from, g, c, half));
+          to->quads[c][half] = Packed::quad(from, g, c, half);
         }
       }
     }

@@ -14,8 +14,9 @@ constexpr int64_t kStripGroups = kStripColumns / kGroup;
 // 4 KiB, which a panel is past after a few groups.
 constexpr int64_t kAhead = 4096;
 
-template <class Codec>
-using DotsOf = Dots<Codec::kBits, 8 / Codec::kParts>;
+// Of a tile of W rows.
+template <int W>
+constexpr int64_t kGroupBytes = activation_group_bytes(W, kPairSums);
 
 // H halves of a panel × T of a tile's W rows, over `count` groups of activations at `x`. These belong to the
 // panel's groups 0, 1, … or, if `index` is given, index[0], index[1], …; `out` is [T][32]. `resume` goes on from
@@ -24,14 +25,13 @@ template <class Codec, int W, int H, int T>
 inline __attribute__((always_inline)) void quantised_block(const typename Codec::Block* panel, int first_half,
                                                            const int32_t* index, int64_t count, const char* x,
                                                            int first_slot, bool resume, float* out) {
-  constexpr int kParts = Codec::kParts, kQuads = 8 / kParts;
-  constexpr int kZero = Codec::kBits == 8 ? kByteZero : Codec::kZero;
+  constexpr int kParts = Codec::kParts, kQuads = 8 / kParts, kZero = kZeroOf<Codec>;
   F32 sums[H][T];
   HEXAD_UNROLL
   for (int t = 0; t < T; ++t)
     for (int h = 0; h < H; ++h)
       sums[h][t] = resume ? load(out + t * kPanelRows + 16 * (first_half + h)) : splat(0);
-  for (int64_t i = 0; i < count; ++i, x += activation_group_bytes(W)) {
+  for (int64_t i = 0; i < count; ++i, x += kGroupBytes<W>) {
     const int64_t group = index ? index[i] : i;
     const typename Codec::Block& block = panel[group / Codec::kGroups];
     const int g = static_cast<int>(group % Codec::kGroups);
@@ -46,6 +46,7 @@ inline __attribute__((always_inline)) void quantised_block(const typename Codec:
     const float* s = d + W;
     const int32_t* n = reinterpret_cast<const int32_t*>(s + W);
     const int32_t* n_first = n + W;
+    const int32_t* pairs = n_first + W;  // of int16
     HEXAD_UNROLL
     for (int part = 0; part < kParts; ++part) {
       // Registers are for sums: what the parts have in common is read twice.
@@ -55,7 +56,10 @@ inline __attribute__((always_inline)) void quantised_block(const typename Codec:
         return kParts == 1 ? n[t] : part == 0 ? n_first[t] : n[t] - n_first[t];
       };
       const auto start = [&](int t) {
-        return kZero == 0 ? splat_int(0) : shift_left(splat_int(rest(t)), __builtin_ctz(kZero | 1024) - 2);
+        if constexpr (DotsOf<Codec>::kPairs)
+          return DotsOf<Codec>::start(pairs + part * W + t, W);
+        else
+          return kZero == 0 ? splat_int(0) : shift_left(splat_int(rest(t)), __builtin_ctz(kZero | 1024) - 2);
       };
       DotsOf<Codec> dots[H][T];
       HEXAD_UNROLL
@@ -66,7 +70,7 @@ inline __attribute__((always_inline)) void quantised_block(const typename Codec:
       HEXAD_UNROLL
       for (int j = 0; j < kQuads; ++j) {
         const int c = Codec::order(part * kQuads + j);
-        Quads weights[H];
+        typename DotsOf<Codec>::Weights weights[H];
         for (int h = 0; h < H; ++h) weights[h] = Codec::quad(block, g, c, first_half + h);
         HEXAD_UNROLL
         for (int t = 0; t < T; ++t) {
@@ -128,8 +132,7 @@ inline void quantised_tile(const typename Codec::Block* panel, const int32_t* in
   if constexpr (one_block(W, DotsOf<Codec>::kSlots)) {
     quantised_blocks<Codec, W>(panel, index, count, x, resume, out);
   } else {
-    for (int64_t first = 0; first < count;
-         first += kStripGroups, x += kStripGroups * activation_group_bytes(W)) {
+    for (int64_t first = 0; first < count; first += kStripGroups, x += kStripGroups * kGroupBytes<W>) {
       const int64_t n = count - first < kStripGroups ? count - first : kStripGroups;
       quantised_blocks<Codec, W>(index ? panel : panel + first / Codec::kGroups,
                                  index ? index + first : nullptr, n, x, resume || first > 0, out);
@@ -209,27 +212,27 @@ void quantised(const LinearArgs& a) {
       quantised_tile<Packed, W>(panel, nullptr, groups, tiles + i * a.tile_stride, false, out(i));
   } else {
     using Unpacked = Strip<Packed>;
-    static_assert(sizeof(typename Unpacked::Block) * kStripGroups <= kStripBytes);
-    static_assert(kStripGroups % Packed::kGroups == 0);
+    // As many groups as fit, in whole blocks of all codecs.
+    constexpr int64_t kFit = kStripBytes / sizeof(typename Unpacked::Block);
+    constexpr int64_t kStrip = kFit < kStripGroups ? kFit / kSuperGroups * kSuperGroups : kStripGroups;
     auto* strip = static_cast<typename Unpacked::Block*>(a.scratch);
-    for (int64_t first = 0; first < groups; first += kStripGroups) {
-      const int64_t count = groups - first < kStripGroups ? groups - first : kStripGroups;
+    for (int64_t first = 0; first < groups; first += kStrip) {
+      const int64_t count = groups - first < kStrip ? groups - first : kStrip;
       Unpacked::unpack(panel, first, count, strip);
       const Block* next = panel + (first + count) / Packed::kGroups;
       for (int i = 0; i < a.tile_count; ++i) {
         prefetch_part(next, count / Packed::kGroups * static_cast<int64_t>(sizeof(Block)), i, a.tile_count);
-        quantised_tile<Unpacked, W>(strip, nullptr, count,
-                                    tiles + i * a.tile_stride + first * activation_group_bytes(W), first > 0,
-                                    out(i));
+        quantised_tile<Unpacked, W>(strip, nullptr, count, tiles + i * a.tile_stride + first * kGroupBytes<W>,
+                                    first > 0, out(i));
       }
     }
   }
   for (int i = 0; i < a.tile_count; ++i) {
     const char* tile = tiles + i * a.tile_stride;
-    const int32_t* outliers = reinterpret_cast<const int32_t*>(tile + groups * activation_group_bytes(W));
+    const int32_t* outliers = reinterpret_cast<const int32_t*>(tile + groups * kGroupBytes<W>);
     if (*outliers > 0)
-      quantised_tile<Packed, W>(panel, outliers + 1, *outliers, tile + outlier_offset(groups, W), true,
-                                out(i));
+      quantised_tile<Packed, W>(panel, outliers + 1, *outliers, tile + outlier_offset(groups, W, kPairSums),
+                                true, out(i));
   }
 }
 
@@ -343,6 +346,7 @@ void fill_dense(Kernels& table, Layout layout) {
 }  // namespace
 
 void fill_linear(Kernels& table) {
+  table.pair_sums = kPairSums;
   fill_quantised<W4>(table, Layout::kW4);
   fill_quantised<W4M>(table, Layout::kW4M);
   fill_quantised<W5>(table, Layout::kW5);

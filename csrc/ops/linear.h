@@ -7,6 +7,8 @@
 //       float s[width]         d · Σq
 //       int32 n[width]         −4 · Σq
 //       int32 h[width]         −4 · Σq over the first 16 columns
+//       int16 p[2][width][2]   −4 · Σq over the first and over the last 16 columns, each over the first two columns
+//                              of all quads and over the last two; only for kernels with pair_sums
 //     After the K/32 groups: int32 count, int32 index[capacity], and `count` more groups of the same form, for the
 //     groups in which some row is an outlier (below); index is ascending. Other rows' slots there are zero.
 //   dense: float x[k][width]
@@ -50,7 +52,9 @@ constexpr size_t kStripBytes =
     kStripColumns / kGroup * (4 * kPanelRows * sizeof(float) + kGroup * kPanelRows);
 
 // Bytes of one (tile, group) of quantised activations.
-static constexpr int64_t activation_group_bytes(int64_t width) { return width * (kGroup + 16); }
+static constexpr int64_t activation_group_bytes(int64_t width, bool pair_sums) {
+  return width * (kGroup + 16 + (pair_sums ? 8 : 0));
+}
 
 // A group is an outlier where d² exceeds this many times the row's mean, so fewer than one in as many can be.
 constexpr int kOutlier = 4;
@@ -62,13 +66,13 @@ static constexpr int64_t outlier_capacity(int64_t groups, int64_t width) {
 }
 
 // Where a quantised tile's outlier groups begin, and the bytes of a whole tile.
-static constexpr int64_t outlier_offset(int64_t groups, int64_t width) {
-  return groups * activation_group_bytes(width) + 4 * (1 + outlier_capacity(groups, width));
+static constexpr int64_t outlier_offset(int64_t groups, int64_t width, bool pair_sums) {
+  return groups * activation_group_bytes(width, pair_sums) + 4 * (1 + outlier_capacity(groups, width));
 }
-static constexpr int64_t quantised_tile_bytes(int64_t columns, int64_t width) {
+static constexpr int64_t quantised_tile_bytes(int64_t columns, int64_t width, bool pair_sums) {
   const int64_t groups = columns / kGroup;
-  const int64_t end =
-      outlier_offset(groups, width) + outlier_capacity(groups, width) * activation_group_bytes(width);
+  const int64_t end = outlier_offset(groups, width, pair_sums) +
+                      outlier_capacity(groups, width) * activation_group_bytes(width, pair_sums);
   return (end + 63) / 64 * 64;
 }
 

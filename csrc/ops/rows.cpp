@@ -44,13 +44,23 @@ float quantise_group(F32 first, F32 second, int slot, int width, char* group) {
   int32_t* totals = reinterpret_cast<int32_t*>(scales + 2 * width);
   totals[slot] = -4 * total;
   totals[width + slot] = -4 * first_total;
+  if (kPairSums) {
+    constexpr float kFirst[16] = {1, 1, 0, 0, 1, 1, 0, 0, 1, 1, 0, 0, 1, 1, 0, 0};
+    int16_t* pairs = reinterpret_cast<int16_t*>(totals + 2 * width) + 2 * slot;
+    for (int half = 0; half < 2; ++half, pairs += 2 * width) {
+      const int both = half == 0 ? first_total : total - first_total;
+      const int pair = static_cast<int>(sum(mul(to_float(q[half]), load(kFirst))));  // integers, exact
+      pairs[0] = static_cast<int16_t>(-4 * pair);
+      pairs[1] = static_cast<int16_t>(-4 * (both - pair));
+    }
+  }
   return d;
 }
 
 void quantise(const float* x, int64_t n, int slot, int width, void* tile, uint8_t* outliers) {
   char* group = static_cast<char*>(tile);
   float squares = 0;
-  for (int64_t i = 0; i < n; i += kGroup, group += activation_group_bytes(width)) {
+  for (int64_t i = 0; i < n; i += kGroup, group += activation_group_bytes(width, kPairSums)) {
     const float d = quantise_group(load(x + i), load(x + i + 16), slot, width, group);
     squares += d * d;
   }
@@ -59,7 +69,7 @@ void quantise(const float* x, int64_t n, int slot, int width, void* tile, uint8_
   const float* d = reinterpret_cast<const float*>(static_cast<char*>(tile) + width * kGroup) + slot;
   // Rounding of squares and mean could let one more pass than the capacity has room for.
   int64_t room = (groups - 1) / kOutlier;
-  for (int64_t g = 0; g < groups && room > 0; ++g, d += activation_group_bytes(width) / 4) {
+  for (int64_t g = 0; g < groups && room > 0; ++g, d += activation_group_bytes(width, kPairSums) / 4) {
     if (!(*d * *d > limit)) continue;
     outliers[g] |= static_cast<uint8_t>(1 << slot);
     --room;

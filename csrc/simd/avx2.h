@@ -5,6 +5,7 @@
 #include <immintrin.h>
 
 #include <cstdint>
+#include <type_traits>
 
 // Before a loop over tile slots or quads: its vectors are to stay in registers.
 #define HEXAD_UNROLL _Pragma("GCC unroll 16")
@@ -223,37 +224,57 @@ inline I32 byte_of(Quads x, int index) {
           _mm256_and_si256(_mm256_srli_epi32(x.high, 8 * index), mask)};
 }
 
+// Byte codes as products of signed bytes take them: less 128, and the magnitude of that.
+struct SignedQuads {
+  Quads value, magnitude;
+  SignedQuads() = default;
+  SignedQuads(Quads codes) {
+    const __m256i middle = _mm256_set1_epi8(-128);
+    value = {_mm256_xor_si256(codes.low, middle), _mm256_xor_si256(codes.high, middle)};
+    magnitude = {_mm256_abs_epi8(value.low), _mm256_abs_epi8(value.high)};
+  }
+};
+
 // kCount dots of quads of kBits-bit codes with activations within ±127, one after another, exact; `from` is added to
 // their sum.
 //
 // vpmaddubsw adds two products of an unsigned and a signed byte in 16 bits and saturates. Of codes below 2^kBits a
 // whole run of such pairs stays below 2^15; it is then widened at once. Byte codes are taken as signed, since 255 ·
-// 127 · 2 would not fit: |w| ≤ 128 times ±x does.
+// 127 · 2 would not fit: |w| ≤ 128 times ±x does. Where all kCount pairs stay below 2^15 only once kZero, the middle of
+// the codes, is off (kPairs), their sum wraps around until then, and `from` is what start() makes of the activations'
+// sums by pairs.
 //
 // Register tiles are to have at most kSlots batch rows: three of one half leave room for weights and activations, and
 // for most of the float sums.
-template <int kBits, int kCount>
+template <int kBits, int kCount, int kZero = 0>
 struct Dots {
+  using Weights = std::conditional_t<kBits == 8, SignedQuads, Quads>;
   static constexpr int kSlots = 3;
-  static constexpr int kRun = 32767 / (2 * 127 * (kBits == 8 ? 128 : (1 << kBits) - 1));
+  static constexpr int kFit = 32767 / (2 * 127 * (kBits == 8 ? 128 : (1 << kBits) - 1));
+  static constexpr bool kPairs =
+      kFit < kCount && kZero == 1 << (kBits - 1) && 2 * 127 * kZero * kCount < 1 << 15;
+  static constexpr int kRun = kPairs ? kCount : kFit;
   __m256i run[2], total[2];
 
+  static I32 start(const int32_t* pairs, int width) {
+    __m256i sum = _mm256_set1_epi32(*pairs);
+    if (kCount == 8) sum = _mm256_add_epi16(sum, _mm256_set1_epi32(pairs[width]));
+    sum = _mm256_slli_epi16(sum, kBits - 3);
+    return {sum, sum};
+  }
   void begin(I32) {}
   void add(int j, Quads weights, Quads activations) {
     add(j, 0, weights.low, activations.low);
     add(j, 1, weights.high, activations.high);
   }
-  I32 end(I32 from) const {
-    return {_mm256_add_epi32(total[0], from.low), _mm256_add_epi32(total[1], from.high)};
+  void add(int j, const SignedQuads& weights, Quads activations) {
+    add(j, 0, weights.magnitude.low, _mm256_sign_epi8(activations.low, weights.value.low));
+    add(j, 1, weights.magnitude.high, _mm256_sign_epi8(activations.high, weights.value.high));
   }
+  I32 end(I32 from) const { return {end(0, from.low), end(1, from.high)}; }
 
  private:
   void add(int j, int i, __m256i w, __m256i x) {
-    if constexpr (kBits == 8) {
-      w = _mm256_xor_si256(w, _mm256_set1_epi8(-128));
-      x = _mm256_sign_epi8(x, w);
-      w = _mm256_abs_epi8(w);
-    }
     __m256i pairs = _mm256_maddubs_epi16(w, x);
     if (j % kRun > 0) {
       // Inline assembly because GCC 12 would form all products first, spill them and add them as a tree.
@@ -262,7 +283,7 @@ struct Dots {
       pairs = sum;
     }
     run[i] = pairs;
-    if (j % kRun < kRun - 1 && j < kCount - 1) return;
+    if (kPairs || (j % kRun < kRun - 1 && j < kCount - 1)) return;
     __m256i quads = _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
     if (j >= kRun) {
       __m256i sum = total[i];
@@ -272,6 +293,10 @@ struct Dots {
       quads = sum;
     }
     total[i] = quads;
+  }
+  __m256i end(int i, __m256i from) const {
+    if (kPairs) return _mm256_madd_epi16(_mm256_add_epi16(run[i], from), _mm256_set1_epi16(1));
+    return _mm256_add_epi32(total[i], from);
   }
 };
 // The zero point of byte codes as Dots<8> leaves it in the sum.

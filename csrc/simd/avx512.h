@@ -7,14 +7,24 @@ namespace hexad::HEXAD_NAMESPACE {
 namespace {
 
 // kCount dots of quads of kBits-bit codes with activations within ±127, one after another, exact; `from` is added to
-// their sum. As in simd/avx2.h: products are added in runs of 16-bit pairs that cannot overflow, and byte codes are
-// taken as signed. Register tiles are to have at most kSlots batch rows: beyond 4 bits a dot takes two registers.
-template <int kBits, int kCount>
+// their sum. As in simd/avx2.h: products are added in runs of 16-bit pairs that cannot overflow, or may until the zero
+// point is off, and byte codes are taken as signed. Register tiles are to have at most kSlots batch rows: where a run
+// of several pairs is followed by another, a dot takes two registers.
+template <int kBits, int kCount, int kZero = 0>
 struct Dots {
-  static constexpr int kSlots = kBits <= 4 || kBits == 8 ? 6 : 3;
-  static constexpr int kRun = 32767 / (2 * 127 * (kBits == 8 ? 128 : (1 << kBits) - 1));
+  using Weights = Quads;
+  static constexpr int kFit = 32767 / (2 * 127 * (kBits == 8 ? 128 : (1 << kBits) - 1));
+  static constexpr bool kPairs =
+      kFit < kCount && kZero == 1 << (kBits - 1) && 2 * 127 * kZero * kCount < 1 << 15;
+  static constexpr int kRun = kPairs ? kCount : kFit;
+  static constexpr int kSlots = kRun == 1 || kRun >= kCount ? 6 : 3;
   __m512i run, total;
 
+  static I32 start(const int32_t* pairs, int width) {
+    __m512i sum = _mm512_set1_epi32(*pairs);
+    if (kCount == 8) sum = _mm512_add_epi16(sum, _mm512_set1_epi32(pairs[width]));
+    return _mm512_slli_epi16(sum, kBits - 3);
+  }
   void begin(I32) {}
   void add(int j, Quads w, Quads x) {
     if constexpr (kBits == 8) {
@@ -30,7 +40,7 @@ struct Dots {
       pairs = sum;
     }
     run = pairs;
-    if (j % kRun < kRun - 1 && j < kCount - 1) return;
+    if (kPairs || (j % kRun < kRun - 1 && j < kCount - 1)) return;
     const __m512i ones = _mm512_set1_epi16(1);
     __m512i quads = _mm512_madd_epi16(pairs, ones);
     if (j >= kRun) {
@@ -40,7 +50,10 @@ struct Dots {
     }
     total = quads;
   }
-  I32 end(I32 from) const { return _mm512_add_epi32(total, from); }
+  I32 end(I32 from) const {
+    if (kPairs) return _mm512_madd_epi16(_mm512_add_epi16(run, from), _mm512_set1_epi16(1));
+    return _mm512_add_epi32(total, from);
+  }
 };
 // The zero point of byte codes as Dots<8> leaves it in the sum.
 constexpr int kByteZero = 0;

@@ -15,8 +15,10 @@ inline I32 dot(I32 acc, Quads weights, Quads activations) {
 
 // kCount dots of quads of kBits-bit codes, one after another; `from` is what their sum begins with. Register tiles are
 // to have at most kSlots batch rows.
-template <int kBits, int kCount>
+template <int kBits, int kCount, int kZero = 0>
 struct Dots {
+  using Weights = Quads;
+  static constexpr bool kPairs = false;
   static constexpr int kSlots = kTileSlots;
   I32 sum;
   void begin(I32 from) { sum = from; }

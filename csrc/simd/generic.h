@@ -196,8 +196,10 @@ inline I32 dot(I32 acc, Quads weights, Quads activations) {
 // kCount dots of quads of kBits-bit codes with activations within ±127, one after another, exact. `from` is what their
 // sum begins with, given at both ends so that it can be added first or last; `j` counts up from 0. Register tiles are to
 // have at most kSlots batch rows.
-template <int kBits, int kCount>
+template <int kBits, int kCount, int kZero = 0>
 struct Dots {
+  using Weights = Quads;
+  static constexpr bool kPairs = false;
   static constexpr int kSlots = 6;
   I32 sum;
   void begin(I32 from) { sum = from; }

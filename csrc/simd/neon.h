@@ -276,8 +276,10 @@ constexpr int kByteZero = 0;
 
 // kCount dots of quads of kBits-bit codes, one after another; `from` is what their sum begins with. Register tiles
 // are to have at most kSlots batch rows: three of one half have 24 of the 32 registers for their sums.
-template <int kBits, int kCount>
+template <int kBits, int kCount, int kZero = 0>
 struct Dots {
+  using Weights = Quads;
+  static constexpr bool kPairs = false;
   static constexpr int kSlots = 3;
   I32 sum;
   void begin(I32 from) { sum = from; }

@@ -7,6 +7,9 @@
 namespace hexad::HEXAD_NAMESPACE {
 namespace {
 
+// Whether some dots are to begin or end with the activations' sums by pairs of columns.
+constexpr bool kPairSums = Dots<6, 4, 32>::kPairs;
+
 // e^x to about 2 units in the last place for x ≤ 88; exactly 0 at −110 and below, −∞ included.
 // Cody–Waite reduction to [−ln2/2, ln2/2] and a degree-6 minimax polynomial (Cephes expf, Moshier 1989).
 inline F32 exp(F32 x) {
