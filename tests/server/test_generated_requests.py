@@ -1,4 +1,4 @@
-"""Requests generated from the OpenAPI document, right ones and wrong ones: nothing of them is the server's fault."""
+"""Requests generated from the OpenAPI document, right ones and wrong ones: none is answered with a 5xx."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_no_generated_request_is_answered_with_a_5xx(tmp_path: Path) -> None:
         )  # fmt: skip
         assert run.returncode == 0, run.stdout[-5000:] + run.stderr[-2000:]
         report = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
-        print(json.dumps(report)[:3000])
+        assert report["test_cases"]["generated"] >= LEAST
 
         # What was asked for has come to its end, or was ended with its connection.
         deadline = time.monotonic() + 10

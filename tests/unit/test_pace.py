@@ -30,16 +30,18 @@ def prompt_alone(tokens: int, start: int) -> float:
 
 def test_prompts_get_what_the_streams_can_bear() -> None:
     pace, own = Pace(COST), streams_alone(4, 1000)
-    assert pace.begin(4, 1000, watched=True) == pytest.approx((STRETCH - 1) * own)
-    assert pace.begin(4, 1000, watched=False) == pytest.approx(LONGEST_STEP - own)
-    assert pace.begin(0, 0, watched=True) == LONGEST_STEP
-    assert Pace(COST, 50).begin(4, 1000, watched=True) == pytest.approx(0.05 - own)
-    assert Pace(COST, 1).begin(4, 1000, watched=True) == 0
-    # Streams that take most of a second leave what is left of it, not 2.5 times as much.
+    assert pace.begin(4, 1000, prompts=1, watched=True) == pytest.approx((STRETCH - 1) * own)
+    assert pace.begin(4, 1000, prompts=4, watched=True) == pytest.approx((STRETCH - 1) * own)
+    assert pace.begin(4, 1000, prompts=12, watched=True) == pytest.approx(3 * (STRETCH - 1) * own)
+    assert pace.begin(4, 1000, prompts=1, watched=False) == pytest.approx(LONGEST_STEP - own)
+    assert pace.begin(0, 0, prompts=1, watched=True) == LONGEST_STEP
+    assert Pace(COST, 50).begin(4, 1000, prompts=1, watched=True) == pytest.approx(0.05 - own)
+    assert Pace(COST, 1).begin(4, 1000, prompts=1, watched=True) == 0
+    # Streams that take most of a second leave what is left of it, not as much again.
     many = streams_alone(500, 0)
     assert 0.5 < many < LONGEST_STEP
-    assert pace.begin(500, 0, watched=True) == pytest.approx(LONGEST_STEP - many)
-    assert pace.begin(10_000, 0, watched=True) == 0
+    assert pace.begin(500, 0, prompts=1, watched=True) == pytest.approx(LONGEST_STEP - many)
+    assert pace.begin(10_000, 0, prompts=1, watched=True) == 0
 
 
 @pytest.mark.parametrize("start", [0, 1, 777, 100_000])
@@ -55,7 +57,7 @@ def test_no_tokens_fit_into_time_overdrawn() -> None:
     """A prompt's least tokens may take more than there was; what is left is below zero then."""
     attentive = StepCost(1, 1_000, 1, 20_000, 1)
     pace = Pace(attentive)
-    assert pace.tokens_within(pace.begin(0, 0, watched=False) - 100, 0) == 0
+    assert pace.tokens_within(pace.begin(0, 0, prompts=1, watched=False) - 100, 0) == 0
 
 
 def test_a_prompt_in_parts_takes_as_long_as_whole() -> None:
@@ -68,13 +70,15 @@ def test_learns_how_fast_streams_and_prompts_are_here() -> None:
     """A machine 3 times as slow with streams, 7 times as slow with prompts; neither spoils the other."""
     pace = Pace(COST)
     for _ in range(30):
-        pace.begin(4, 1000, watched=True)
+        pace.begin(4, 1000, prompts=1, watched=True)
         pace.end(3 * streams_alone(4, 1000))
     for _ in range(30):
-        pace.begin(4, 1000, watched=True)
+        pace.begin(4, 1000, prompts=1, watched=True)
         pace.add_prompt(50, 200)
         pace.end(3 * streams_alone(4, 1000) + 7 * prompt_alone(50, 200))
-    assert pace.begin(2, 10, watched=True) == pytest.approx(1.5 * 3 * streams_alone(2, 10))
+    assert pace.begin(2, 10, prompts=1, watched=True) == pytest.approx(
+        (STRETCH - 1) * 3 * streams_alone(2, 10)
+    )
     assert pace.add_prompt(10, 0) == pytest.approx(7 * prompt_alone(10, 0))
     count = pace.tokens_within(0.5, 0)
     assert 7 * prompt_alone(count, 0) <= 0.5 < 7 * prompt_alone(count + 1, 0)
@@ -84,9 +88,9 @@ def test_the_first_measurement_replaces_the_guess_and_a_later_outlier_does_not()
     pace, own = Pace(COST), streams_alone(1, 0)
 
     def measured(times: float) -> float:
-        pace.begin(1, 0, watched=True)
+        pace.begin(1, 0, prompts=1, watched=True)
         pace.end(times * own)
-        return pace.begin(1, 0, watched=True) / (1.5 * own)
+        return pace.begin(1, 0, prompts=1, watched=True) / ((STRETCH - 1) * own)
 
     assert measured(0.25) == pytest.approx(0.25)
     for _ in range(20):
@@ -98,6 +102,6 @@ def test_the_first_measurement_replaces_the_guess_and_a_later_outlier_does_not()
 
 def test_a_step_of_nothing_teaches_nothing() -> None:
     pace = Pace(COST)
-    pace.begin(0, 0, watched=False)
+    pace.begin(0, 0, prompts=1, watched=False)
     pace.end(5.0)
     assert pace.add_prompt(1, 0) == pytest.approx(prompt_alone(1, 0))

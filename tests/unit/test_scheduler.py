@@ -164,10 +164,11 @@ def test_prompts_get_on_however_little_time_there_is() -> None:
     step(engine)
     add(engine, "prompt", 100, 9)
     add(engine, "next", 100, 9)
-    assert [step(engine)[1] for _ in range(6)] == [(16 * i, LEAST_TOKENS) for i in range(6)]
+    least = LEAST_TOKENS
+    assert [step(engine)[1] for _ in range(24)] == [(least * i, least) for i in range(24)]
     # Once the first has had its least, the next waits for a step of its own.
-    assert step(engine) == {0: (15, 1), 1: (96, 4)}
-    assert step(engine) == {0: (16, 1), 1: (100, 1), 2: (0, LEAST_TOKENS)}
+    assert step(engine) == {0: (33, 1), 1: (96, 4)}
+    assert step(engine) == {0: (34, 1), 1: (100, 1), 2: (0, LEAST_TOKENS)}
 
 
 def test_time_overdrawn_by_one_prompt_leaves_none_for_the_next() -> None:

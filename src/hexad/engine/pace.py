@@ -10,8 +10,8 @@ LONGEST_STEP = 1.0
 """Seconds that no step shall pass."""
 
 STRETCH = 2.0
-"""How much longer than the streams' own step one with prompts may take, unless max_step_ms says otherwise.
-Where more prompts wait than streams run, what is added grows by as much: the few are not to hold up the many."""
+"""How much longer than the streams' own step one with prompts may take, unless max_step_ms says otherwise. Where
+more prompts wait than streams run, what is added grows by as much: the few are not to hold up the many."""
 
 LEAST_TOKENS = 4
 """Prompt tokens that a step takes in any case, so that prompts get on however busy the streams are."""
