@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import urllib.error
+import urllib.request
 from datetime import datetime
 from typing import Any
 
@@ -231,3 +233,19 @@ def test_errors(server: ServerProcess, path: str, body: dict[str, Any], status: 
     assert (found, value.keys()) == (status, {"error"})
     assert says in value["error"]
     wait_until_idle(server)
+
+
+@pytest.mark.parametrize("origin", [None, "http://evil.example"])
+def test_json_need_not_be_called_json_but_by_web_pages(server: ServerProcess, origin: str | None) -> None:
+    """As `curl -d` sends it. A page of another origin could send that without the browser asking first."""
+    body = json.dumps({"model": MODEL, "prompt": "Say hello.", "stream": False, "options": GREEDY}).encode()
+    headers = {"Content-Type": "application/x-www-form-urlencoded", **({"Origin": origin} if origin else {})}
+    request = urllib.request.Request(server.url + "/api/generate", data=body, headers=headers)
+    if origin is None:
+        with urllib.request.urlopen(request, timeout=30) as response:
+            assert json.loads(response.read())["response"] == generate(server)["response"]
+    else:
+        with pytest.raises(urllib.error.HTTPError) as caught:
+            urllib.request.urlopen(request, timeout=30)
+        with caught.value as error:
+            assert error.code == 400

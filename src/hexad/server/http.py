@@ -174,6 +174,8 @@ class Gate:
         path = self._path(scope)
         scope["hexad:path"] = path
         scope["hexad:send"] = send
+        if path.startswith(_LENIENT) and b"origin" not in headers:
+            scope["headers"] = [*((k, v) for k, v in scope["headers"] if k != b"content-type"), _JSON]
         counted = path not in _QUIET
         self._metrics.active += counted
         try:
@@ -291,6 +293,12 @@ async def _discard(receive: Receive) -> None:
 
 _QUIET = frozenset({"/health", "/metrics", "/ping", "/load"})
 """What is asked every few seconds, and is not worth a line."""
+
+_LENIENT = ("/api/", "/completion", "/infill", "/tokenize", "/detokenize", "/apply-template", "/embedding")
+"""Paths whose own servers take JSON whatever it is called, as `curl -d` sends it. Pages of other origins, which
+browsers let send that without asking first, are told by their Origin."""
+
+_JSON = (b"content-type", b"application/json")
 
 _DISCARDING = 10.0
 """Seconds for which what is left of a body that is too long is read, and forgotten."""
