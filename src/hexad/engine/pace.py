@@ -10,7 +10,7 @@ LONGEST_STEP = 1.0
 """Seconds that no step shall pass."""
 
 STRETCH = 2.0
-"""How much longer than the streams' own step one with prompts may take, unless max_step_ms says otherwise. Where
+"""How much longer than the streams' own step one with prompts may take, unless max_step_ms says otherwise. If
 more prompts wait than streams run, what is added grows by as much: the few are not to hold up the many."""
 
 LEAST_TOKENS = 4

@@ -295,8 +295,8 @@ _QUIET = frozenset({"/health", "/metrics", "/ping", "/load"})
 """What is asked every few seconds, and is not worth a line."""
 
 _LENIENT = ("/api/", "/completion", "/infill", "/tokenize", "/detokenize", "/apply-template", "/embedding")
-"""Paths whose own servers take JSON whatever it is called, as `curl -d` sends it. Pages of other origins, which
-browsers let send that without asking first, are told by their Origin."""
+"""Paths whose own servers take JSON by any name, as `curl -d` sends it. Pages of other origins, whom
+browsers let send that without asking first, are known by their Origin."""
 
 _JSON = (b"content-type", b"application/json")
 
