@@ -16,12 +16,13 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from hexad.errors import HexadError
-from hexad.outputs import CompletionOutput, Logprob, PositionLogprobs, RequestOutput
+from hexad.outputs import CompletionOutput, RequestOutput
 from hexad.params import SamplingParams
 from hexad.prompts import Prompt, TokenPrompt
 from hexad.server.chat import ChatGeneration, ChatMessage, ChatRequest, ToolCall, served
 from hexad.server.errors import ApiError, api_error
 from hexad.server.http import EventStream, JSONResponse, encode, unless_gone
+from hexad.server.openai_logprobs import CompletionLogprobs, chat_logprobs, prompt_logprobs
 from hexad.server.openai_schemas import ChatCompletionRequest, CompletionRequest, GenerationBody
 from hexad.server.parsers.deltas import Delta
 from hexad.server.sampling import response_format
@@ -101,7 +102,7 @@ async def completions(request: Request, body: CompletionRequest) -> Response:
         prompt = generation.prompts[i]
         for completion in output.outputs:
             text, ids = completion.text, completion.token_ids
-            logprobs = _CompletionLogprobs(service, reply.as_ids)
+            logprobs = CompletionLogprobs(service, reply.as_ids)
             if body.echo:
                 text = _text_of(service, prompt) + (text if generate else "")
                 if output.prompt_logprobs is not None:
@@ -116,7 +117,7 @@ async def completions(request: Request, body: CompletionRequest) -> Response:
                     "finish_reason": _reason(completion),
                     "stop_reason": completion.stop_reason,
                     **_token_ids(body, prompt, ids),
-                    **_prompt_logprobs(body, output),
+                    **prompt_logprobs(body, output),
                 }
             )
     return JSONResponse(reply.whole(choices, _usage(outputs)))
@@ -126,7 +127,7 @@ async def _completion_events(
     generation: Generation, reply: _Reply, service: Service, body: CompletionRequest, n: int
 ) -> AsyncIterator[bytes]:
     usage = _UsageCount(generation)
-    offsets: dict[int, _CompletionLogprobs] = {}
+    offsets: dict[int, CompletionLogprobs] = {}
     begun: set[int] = set()
     with contextlib.closing(generation):
         try:
@@ -143,7 +144,7 @@ async def _completion_events(
                     reason = _reason(completion)
                     logprobs = None
                     if completion.logprobs is not None:
-                        log = offsets.setdefault(index, _CompletionLogprobs(service, reply.as_ids))
+                        log = offsets.setdefault(index, CompletionLogprobs(service, reply.as_ids))
                         logprobs = log.add(completion.token_ids, completion.logprobs).take()
                     more = _token_ids(body, generation.prompts[i] if first else None, completion.token_ids)
                     if not (text or reason or logprobs or more):
@@ -222,7 +223,7 @@ async def chat_completions(request: Request, body: ChatCompletionRequest) -> Res
     whole = reply.whole(choices, _usage([output]))
     if body.return_token_ids:
         whole["prompt_token_ids"] = generation.prompt.token_ids
-    return JSONResponse({**whole, **_prompt_logprobs(body, output)})
+    return JSONResponse({**whole, **prompt_logprobs(body, output)})
 
 
 async def _chat_events(
@@ -403,107 +404,6 @@ def _token_ids(body: GenerationBody, prompt: TokenPrompt | None, ids: Sequence[i
         return {}
     first = {} if prompt is None else {"prompt_token_ids": prompt.token_ids}
     return {**first, "token_ids": list(ids)}
-
-
-def _prompt_logprobs(body: GenerationBody, output: RequestOutput) -> dict[str, Any]:
-    if body.prompt_logprobs is None or output.prompt_logprobs is None:
-        return {}
-    return {
-        "prompt_logprobs": [
-            None if entry is None else {str(i): _logprob(logprob) for i, logprob in entry.items()}
-            for entry in output.prompt_logprobs
-        ]
-    }
-
-
-def _logprob(logprob: Logprob) -> dict[str, Any]:
-    return {
-        "logprob": _finite(logprob.logprob),
-        "rank": logprob.rank,
-        "decoded_token": logprob.decoded_token,
-    }
-
-
-def _finite(logprob: float) -> float:
-    """JSON has no -inf."""
-    return max(logprob, -9999.0)
-
-
-def chat_logprobs(service: Service, completion: CompletionOutput, as_ids: bool) -> dict[str, Any] | None:
-    if completion.logprobs is None:
-        return None
-
-    def entry(token_id: int, logprob: Logprob) -> dict[str, Any]:
-        return {
-            "token": _token(token_id, logprob, as_ids),
-            "logprob": _finite(logprob.logprob),
-            "bytes": list(service.tokenizer.token_bytes(token_id)),
-        }
-
-    return {
-        "content": [
-            {
-                **entry(token_id, position[token_id]),
-                "top_logprobs": [entry(i, logprob) for i, logprob in _likeliest(position, token_id)],
-            }
-            for token_id, position in zip(completion.token_ids, completion.logprobs, strict=True)
-        ]
-    }
-
-
-def _likeliest(position: PositionLogprobs, drawn: int) -> list[tuple[int, Logprob]]:
-    """The entries that are there for being likely: the drawn token is one of them only by its rank."""
-    count = len(position)
-    ranked = sorted(position.items(), key=lambda item: item[1].rank or 0)
-    if (position[drawn].rank or 0) > count - 1:
-        return [item for item in ranked if item[0] != drawn]
-    return ranked
-
-
-def _token(token_id: int, logprob: Logprob, as_ids: bool) -> str:
-    return f"token_id:{token_id}" if as_ids else (logprob.decoded_token or "")
-
-
-class _CompletionLogprobs:
-    """Logprobs as /v1/completions lists them."""
-
-    def __init__(self, service: Service, as_ids: bool) -> None:
-        self._service = service
-        self._as_ids = as_ids
-        self._offset = 0
-        self._lists: dict[str, list[Any]] = {}
-        self.take()
-
-    def add(
-        self, token_ids: Sequence[int], positions: Sequence[PositionLogprobs | None]
-    ) -> _CompletionLogprobs:
-        """Takes more tokens."""
-        lists = self._lists
-        for token_id, position in zip(token_ids, positions, strict=True):
-            if position is None:  # the first token of a prompt
-                position = {token_id: Logprob(0.0, None, self._service.tokenizer.token_text(token_id))}
-                lists["token_logprobs"].append(None)
-                lists["top_logprobs"].append(None)
-            else:
-                lists["token_logprobs"].append(_finite(position[token_id].logprob))
-                lists["top_logprobs"].append(
-                    {_token(i, one, self._as_ids): _finite(one.logprob) for i, one in position.items()}
-                )
-            token = _token(token_id, position[token_id], self._as_ids)
-            lists["tokens"].append(token)
-            lists["text_offset"].append(self._offset)
-            self._offset += len(token)
-        return self
-
-    def value(self) -> dict[str, list[Any]]:
-        """All that is not taken yet."""
-        return self._lists
-
-    def take(self) -> dict[str, list[Any]]:
-        """`value`; it is taken then."""
-        value = self._lists
-        self._lists = {"text_offset": [], "token_logprobs": [], "tokens": [], "top_logprobs": []}
-        return value
 
 
 class _UsageCount:

@@ -20,7 +20,8 @@ from hexad.server.blocks import Block, Blocks, call_arguments
 from hexad.server.chat import ChatGeneration, ChatRequest, served
 from hexad.server.errors import ApiError, api_error
 from hexad.server.http import EventStream, JSONResponse, encode, unless_gone
-from hexad.server.openai import chat_logprobs, tool_choice
+from hexad.server.openai import tool_choice
+from hexad.server.openai_logprobs import chat_logprobs
 from hexad.server.response_items import (
     Item,
     chat_tools,
