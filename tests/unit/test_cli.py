@@ -86,6 +86,7 @@ class Terminal:
         ["inspect"],
         ["pull"],
         ["list"],
+        ["run-batch"],
         ["bench"],
         ["bench", "latency"],
         ["bench", "throughput"],

@@ -112,6 +112,25 @@ TopK = Annotated[int, typer.Option(help="Keep this many tokens; 0 keeps all.")]
 MinP = Annotated[float, typer.Option(help="Drop tokens less likely than this × the likeliest.")]
 Seed = Annotated[int | None, typer.Option(help="Makes sampling repeatable.")]
 
+# Of `serve` and `run-batch`, whose defaults the server's settings know.
+ServedModelName = Annotated[
+    list[str] | None, typer.Option(help="What clients call the model; it can be repeated.")
+]
+MaxNumSeqs = Annotated[int | None, typer.Option(help="Most sequences in one step; 64.")]
+ServerCompute = Annotated[str | None, typer.Option(help="int8 or float.")]
+ServerKVDtype = Annotated[str | None, typer.Option(help="auto, f32, f16 or q8.")]
+ChatTemplate = Annotated[
+    str | None, typer.Option(help="A Jinja template instead of the model's, or a file with it.")
+]
+ToolCallParser = Annotated[
+    str | None, typer.Option(help="hermes, llama3 or mistral; by the template if left out.")
+]
+ReasoningParser = Annotated[str | None, typer.Option(help="think or none; by the template if left out.")]
+GenerationConfig = Annotated[str | None, typer.Option(help="auto: the model's own defaults; vllm: none.")]
+Config = Annotated[
+    Path | None, typer.Option(help="A TOML file with these settings; HEXAD_* variables go before it.")
+]
+
 
 def _show_version(wanted: bool) -> None:
     if wanted:
@@ -198,11 +217,9 @@ def serve(
         list[str] | None, typer.Option(help="Let in only who has this key; it can be repeated.")
     ] = None,
     api_key_file: Annotated[Path | None, typer.Option(help="A file of keys, one per line.")] = None,
-    served_model_name: Annotated[
-        list[str] | None, typer.Option(help="What clients call the model; it can be repeated.")
-    ] = None,
+    served_model_name: ServedModelName = None,
     max_model_len: MaxModelLen = None,
-    max_num_seqs: Annotated[int | None, typer.Option(help="Most sequences in one step; 64.")] = None,
+    max_num_seqs: MaxNumSeqs = None,
     max_num_batched_tokens: Annotated[int | None, typer.Option(help="Most tokens in one step; 512.")] = None,
     max_step_ms: MaxStepMs = None,
     kv_cache_gib: KVCacheGib = None,
@@ -215,21 +232,13 @@ def serve(
         typer.Option("--prefault", help="Take the memory of the KV cache and the workspace at once."),
     ] = None,
     threads: Threads = None,
-    compute: Annotated[str | None, typer.Option(help="int8 or float.")] = None,
-    kv_dtype: Annotated[str | None, typer.Option(help="auto, f32, f16 or q8.")] = None,
+    compute: ServerCompute = None,
+    kv_dtype: ServerKVDtype = None,
     seed: Seed = None,
-    chat_template: Annotated[
-        str | None, typer.Option(help="A Jinja template instead of the model's, or a file with it.")
-    ] = None,
-    tool_call_parser: Annotated[
-        str | None, typer.Option(help="hermes, llama3 or mistral; by the template if left out.")
-    ] = None,
-    reasoning_parser: Annotated[
-        str | None, typer.Option(help="think or none; by the template if left out.")
-    ] = None,
-    generation_config: Annotated[
-        str | None, typer.Option(help="auto: the model's own defaults; vllm: none.")
-    ] = None,
+    chat_template: ChatTemplate = None,
+    tool_call_parser: ToolCallParser = None,
+    reasoning_parser: ReasoningParser = None,
+    generation_config: GenerationConfig = None,
     max_logprobs: Annotated[int | None, typer.Option(help="Most logprobs per token; 20.")] = None,
     max_waiting: Annotated[
         int | None, typer.Option(help="Sequences that may wait; more are refused (429). 1024.")
@@ -261,9 +270,7 @@ def serve(
     otlp_endpoint: Annotated[
         str | None, typer.Option(help="Send traces there (needs hexad\\[otel]).")
     ] = None,
-    config: Annotated[
-        Path | None, typer.Option(help="A TOML file with these settings; HEXAD_* variables go before it.")
-    ] = None,
+    config: Config = None,
 ) -> None:
     """Serve a model: OpenAI's and others' APIs, and a page to chat on."""
     given = {name: value for name, value in locals().items() if value not in (None, [], ())}
@@ -275,6 +282,49 @@ def serve(
         given["enable_prefix_caching"] = given.pop("prefix_caching")
     if code := serve(collect(given, os.environ, config)):
         raise typer.Exit(code)
+
+
+@app.command("run-batch")
+def run_batch(
+    source: Annotated[
+        str | None, typer.Argument(metavar="IN", help="A file of requests; - is stdin.")
+    ] = None,
+    target: Annotated[
+        str | None, typer.Argument(metavar="OUT", help="Where the answers go; - is stdout.")
+    ] = None,
+    input_file: Annotated[str | None, typer.Option("--input-file", "-i", help="The same as IN.")] = None,
+    output_file: Annotated[str | None, typer.Option("--output-file", "-o", help="The same as OUT.")] = None,
+    model: Annotated[str | None, typer.Option("--model", "-m", help=_MODEL_HELP)] = None,
+    served_model_name: ServedModelName = None,
+    max_model_len: MaxModelLen = None,
+    max_num_seqs: MaxNumSeqs = None,
+    max_num_batched_tokens: MaxNumBatchedTokens = None,
+    kv_cache_gib: KVCacheGib = None,
+    threads: Threads = None,
+    compute: ServerCompute = None,
+    kv_dtype: ServerKVDtype = None,
+    seed: Seed = None,
+    chat_template: ChatTemplate = None,
+    tool_call_parser: ToolCallParser = None,
+    reasoning_parser: ReasoningParser = None,
+    generation_config: GenerationConfig = None,
+    max_body_mib: Annotated[float | None, typer.Option(help="Longest line; 16.")] = None,
+    config: Config = None,
+) -> None:
+    """Answer a file of requests in OpenAI's batch format.
+
+    Lines are {"custom_id", "method": "POST", "url": "/v1/chat/completions", "body"}; answers are written as
+    they are finished. Where OUT has some already, it goes on from there.
+    """
+    given = {name: value for name, value in locals().items() if value not in (None, [], ())}
+    files = [given.pop(name) for name in ("source", "target", "input_file", "output_file") if name in given]
+    if len(files) != 2 or (source is None) != (target is None):
+        raise typer.BadParameter("name both once, as IN OUT or as -i IN -o OUT.", param_hint="IN, OUT")
+    from hexad.cli.batch import run_batch
+    from hexad.server.settings import collect
+
+    given.pop("config", None)
+    run_batch(collect(given, os.environ, config), *files)
 
 
 @app.command()

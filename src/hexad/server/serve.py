@@ -149,7 +149,7 @@ class _Process:
 
     async def _load(self) -> None:
         try:
-            llm, chat = await asyncio.to_thread(self._make)
+            llm, chat = await asyncio.to_thread(load, self.settings)
             self._llm = llm
             speed = await _speed(llm)
             if self._stop.is_set():
@@ -177,22 +177,6 @@ class _Process:
         finally:
             self.is_loading = self._llm is None and asyncio.current_task().cancelling() > 0  # type: ignore[union-attr]
 
-    def _make(self) -> tuple[AsyncLLM, Chat]:
-        """The model, and how to talk with it."""
-        settings = self.settings
-        llm = AsyncLLM(settings.model, generation_config=settings.generation_config, **settings.engine)
-        try:
-            chat = Chat(Service(llm, settings, settings.served_model_name or [settings.model]))
-            if settings.chat_template is not None:  # that a template is broken is better said now than later
-                with contextlib.suppress(PromptError):
-                    chat.service.prompts.chat(
-                        [{"role": "user", "content": "Hello"}], chat_template=settings.chat_template
-                    )
-        except BaseException:
-            llm.shutdown()
-            raise
-        return llm, chat
-
     def _broke(self) -> None:
         """The engine's thread died: those who waited have been told; a new process may do better."""
         self.state.broken = True
@@ -201,6 +185,22 @@ class _Process:
     def _fail(self) -> None:
         self._code = 1
         self._stop.set()
+
+
+def load(settings: ServerSettings) -> tuple[AsyncLLM, Chat]:
+    """The model, and how to talk with it. Raises what AsyncLLM raises."""
+    llm = AsyncLLM(settings.model, generation_config=settings.generation_config, **settings.engine)
+    try:
+        chat = Chat(Service(llm, settings, settings.served_model_name or [settings.model]))
+        if settings.chat_template is not None:  # that a template is broken is better said now than later
+            with contextlib.suppress(PromptError):
+                chat.service.prompts.chat(
+                    [{"role": "user", "content": "Hello"}], chat_template=settings.chat_template
+                )
+    except BaseException:
+        llm.shutdown()
+        raise
+    return llm, chat
 
 
 async def _speed(llm: AsyncLLM) -> float:
