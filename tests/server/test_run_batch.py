@@ -292,6 +292,31 @@ def test_a_last_line_without_its_end(tmp_path: Path) -> None:
     assert out.read_text().splitlines()[1:] == ["next"]
 
 
+def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def flock(fd: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    out = tmp_path / "out"
+    batch(Answering(), Lines(3), out)
+    out.write_bytes(out.read_bytes()[:-5])
+    counts = batch(Answering(), Lines(5), out)
+    assert (counts.answered, counts.skipped) == (3, 2)
+    assert len(read(out)) == 5
+
+
+@pytest.mark.parametrize("depth", [50, 300, 900, 1100, 5000, 100_000])
+def test_what_nests_deep(depth: int, tmp_path: Path) -> None:
+    deep = b"[" * depth + b"]" * depth
+    lines = [ask(field) | {field: "DEEP"} for field in ("custom_id", "method", "url", "body")]
+    raw = b"".join(
+        json.dumps(line).encode() + b"\n" for line in [*lines, ask("s", stream="DEEP"), ask("last")]
+    )
+    counts = batch(Answering(), Lines(raw.replace(b'"DEEP"', deep)), tmp_path / "out")
+    assert (counts.answered, counts.failed) == (6, 5)
+    assert "last" in {line["custom_id"] for line in read(tmp_path / "out") if line["response"]}
+
+
 class Answering:
     """An application that answers `status`. most: so many requests were under way at once."""
 
@@ -315,10 +340,13 @@ class Answering:
 
 
 class Lines(io.BytesIO):
-    """A file that counts its lines as they are read. It fails at its end with `error`."""
+    """A file of these lines, or of so many requests, that counts them as they are read. It fails at its end
+    with `error`."""
 
-    def __init__(self, count: int, error: OSError | None = None) -> None:
-        super().__init__(b"".join(json.dumps(ask(str(i))).encode() + b"\n" for i in range(count)))
+    def __init__(self, lines: int | bytes, error: OSError | None = None) -> None:
+        if isinstance(lines, int):
+            lines = b"".join(json.dumps(ask(str(i))).encode() + b"\n" for i in range(lines))
+        super().__init__(lines)
         self.count = 0
         self.error = error
 

@@ -26,7 +26,7 @@ def run_batch(settings: ServerSettings, source: str, target: str) -> None:
     if counts.skipped:
         text += f"; {counts.skipped:,} had been before"
     if counts.signal:
-        note(f"Interrupted: {text}. The same command goes on from there.")
+        note(f"Interrupted: {text}." + " The same command goes on from there." * (target != STREAM))
         raise typer.Exit(128 + counts.signal)
     note(f"{text}.")
 

@@ -84,7 +84,8 @@ def run_batch(
             batch = _Batch(create_app(settings, state), lines, answers, settings, counts, progress)
             asyncio.run(batch.run())
         except HexadError as error:
-            error.add_note("What is answered is kept; the same command goes on from there.")
+            if answers.is_file:
+                error.add_note("What is answered is kept; the same command goes on from there.")
             raise
         finally:
             llm.shutdown()
@@ -101,8 +102,8 @@ _ALONE: dict[str, Any] = {
 class Target:
     """The file of answers. Only one batch at a time writes to it.
 
-    fd: its descriptor. answered: keys of the lines that it has. Raises ConfigError for a file that cannot be
-    written, or that has something else in it.
+    fd: its descriptor. is_file: whether a later batch can go on from it. answered: keys of the lines that it
+    has. Raises ConfigError for a file that cannot be written, or that has something else in it.
     """
 
     def __init__(self, name: str) -> None:
@@ -115,7 +116,8 @@ class Target:
         except OSError as error:
             raise ConfigError(f"{self.name} cannot be written: {error.strerror}.") from error
         try:
-            if name != STREAM and stat.S_ISREG(os.fstat(self.fd).st_mode):
+            self.is_file = name != STREAM and stat.S_ISREG(os.fstat(self.fd).st_mode)
+            if self.is_file:
                 self._take_up()
         except BaseException:
             os.close(self.fd)
@@ -126,9 +128,8 @@ class Target:
         try:
             fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-                return  # a file system without locks
-            raise ConfigError(f"{self.name} is being written by another batch.") from error
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):  # else a file system without locks
+                raise ConfigError(f"{self.name} is being written by another batch.") from error
         end, line = 0, b"\n"
         with open(self.fd, "rb", closefd=False) as file:
             for number, line in enumerate(file, 1):
@@ -225,7 +226,7 @@ class _Batch:
         if self._counts.signal:  # a second time: at once
             os._exit(128 + number)
         self._counts.signal = number
-        self._loop.call_soon_threadsafe(self._end)
+        self._call(self._end)
 
     def _end(self, error: BaseException | None = None) -> None:
         if self._ended.done():
@@ -238,21 +239,25 @@ class _Batch:
     # The thread that reads.
 
     def _read(self) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits for more
-            try:
-                with self._lines:
-                    for request in self._requests():
-                        self._places.acquire()
-                        if self._stopping:
-                            return
-                        self._loop.call_soon_threadsafe(self._ask, request)
-            except OSError as error:
-                failure = HexadError(f"The input can no longer be read: {error.strerror}.")
-                self._loop.call_soon_threadsafe(self._end, failure)
-                return
+        try:
+            with self._lines:
+                for request in self._requests():
+                    self._places.acquire()
+                    if self._stopping:
+                        return
+                    self._call(self._ask, request)
             for _ in range(self._width):  # all have come back: nothing is asked any more
                 self._places.acquire()
-            self._loop.call_soon_threadsafe(self._end)
+            self._call(self._end)
+        except OSError as error:
+            self._call(self._end, HexadError(f"The input can no longer be read: {error.strerror}."))
+        except BaseException as error:
+            self._call(self._end, error)
+
+    def _call(self, function: Callable[..., None], *arguments: Any) -> None:
+        """Has the event loop call a function."""
+        with contextlib.suppress(RuntimeError):  # it is closed: nobody waits for more
+            self._loop.call_soon_threadsafe(function, *arguments)
 
     def _requests(self) -> Iterator[_Request]:
         """What is still to be answered."""
@@ -335,27 +340,24 @@ def _parse(number: int, line: bytes, size: int, longest: int) -> _Request:
         return wrong(f"it has {size:,} bytes, and may have {longest:,} (max_body_mib).")
     try:
         value = json.loads(line)
-        body = value.get("body") if isinstance(value, dict) else None
-        encoded = encode(body)
+        if not isinstance(value, dict):
+            return wrong("it is not a JSON object.")
+        custom_id, method, url, body = (value.get(name) for name in ("custom_id", "method", "url", "body"))
+        if not isinstance(custom_id, str) or not custom_id:
+            return wrong(f"custom_id must be a text that names the line, not {shown(custom_id)}.")
+        if method != "POST":
+            return wrong(f"method must be 'POST', not {shown(method)}.", custom_id)
+        if url not in URLS:
+            return wrong(f"url must be one of {', '.join(URLS)}, not {shown(url)}.", custom_id)
+        if not isinstance(body, dict):
+            return wrong(f"body must be a JSON object, not {shown(body)}.", custom_id)
+        if body.get("stream"):
+            return wrong("stream must be left out or false: an answer is one line.", custom_id)
+        return _Request(size, custom_id, url, encode(body))
     except RecursionError:
         return wrong("it nests too deep.")
     except ValueError as error:
         return wrong(f"it is not JSON: {str(error)[:200]}.")
-    if not isinstance(value, dict):
-        return wrong("it is not a JSON object.")
-    custom_id = value.get("custom_id")
-    if not isinstance(custom_id, str) or not custom_id:
-        return wrong(f"custom_id must be a text that names the line, not {shown(custom_id)}.")
-    if value.get("method") != "POST":
-        return wrong(f"method must be 'POST', not {shown(value.get('method'))}.", custom_id)
-    url = value.get("url")
-    if url not in URLS:
-        return wrong(f"url must be one of {', '.join(URLS)}, not {shown(url)}.", custom_id)
-    if not isinstance(body, dict):
-        return wrong(f"body must be a JSON object, not {shown(body)}.", custom_id)
-    if body.get("stream"):
-        return wrong("stream must be left out or false: an answer is one line.", custom_id)
-    return _Request(size, custom_id, url, encoded)
 
 
 async def _post(app: ASGIApp, path: str, body: bytes) -> tuple[int, str, bytes]:
