@@ -55,6 +55,21 @@ async def test_outputs_are_cumulative_new_or_final() -> None:
     assert (only.outputs[0].token_ids, only.outputs[0].finish_reason) == (expected, "length")
 
 
+@in_event_loop
+async def test_who_reads_nothing_before_the_end_watches_nothing() -> None:
+    """Prompts need not go slowly beside such a request."""
+    inner = make_engine()
+    executor: Any = inner.executor
+    async with running(inner) as engine:
+        for kind in RequestOutputKind:
+            executor.hold()
+            stream = engine.submit(kind.name, [5, 6, 7], params_of(3, 20, output_kind=kind))
+            await executor.held()
+            assert inner.requests[kind.name].watched == (kind is not RequestOutputKind.FINAL_ONLY)
+            executor.go()
+            await final(stream)
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_a_storm_of_submits_and_cancels(seed: int) -> None:
     """Requests of every kind come, go on, are cancelled, closed and dropped, in a pool too small."""

@@ -82,6 +82,13 @@ def test_learns_how_fast_streams_and_prompts_are_here() -> None:
     assert pace.add_prompt(10, 0) == pytest.approx(7 * prompt_alone(10, 0))
     count = pace.tokens_within(0.5, 0)
     assert 7 * prompt_alone(count, 0) <= 0.5 < 7 * prompt_alone(count + 1, 0)
+    # What prompts take by themselves is another matter: they come in larger pieces.
+    pace.begin(0, 0, prompts=1, watched=False)
+    assert pace.add_prompt(10, 0) == pytest.approx(prompt_alone(10, 0))
+    pace.end(2 * prompt_alone(10, 0))
+    assert pace.add_prompt(10, 0) == pytest.approx(2 * prompt_alone(10, 0))
+    pace.begin(2, 10, prompts=1, watched=True)
+    assert pace.add_prompt(10, 0) == pytest.approx(7 * prompt_alone(10, 0))
 
 
 def test_the_first_measurement_replaces_the_guess_and_a_later_outlier_does_not() -> None:

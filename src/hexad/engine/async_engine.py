@@ -104,7 +104,7 @@ class AsyncEngine:
             add = partial(
                 self._engine.add_request, request_id, prompt_token_ids, params, prompt=prompt,
                 priority=priority, cache_salt=cache_salt, generate=generate, arrival_time=arrival_time,
-                checked=True,
+                watched=slot.kind is not RequestOutputKind.FINAL_ONLY, checked=True,
             )  # fmt: skip
             self._inbox.put(partial(self._add, slot, add))
         return Stream(slot, self._inbox, partial(self._cancel, slot))

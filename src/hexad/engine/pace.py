@@ -30,7 +30,8 @@ class Pace:
     """Predicts a step's time from what it holds, and corrects itself by the times measured.
 
     Streams and prompts have a factor each: the former's time goes into reading weights and KV, the latter's
-    into arithmetic, and machines differ in both.
+    into arithmetic, and machines differ in both. Prompts have another one beside streams, where they come in
+    small pieces, which take longer by the token.
     """
 
     def __init__(self, cost: StepCost, max_step_ms: float | None = None) -> None:
@@ -40,8 +41,11 @@ class Pace:
         self._token = cost.token_macs / MACS
         self._pair = cost.pair_macs / ATTENTION_MACS
         self._max_seconds = None if max_step_ms is None else max_step_ms / 1000
-        self._stream_factor = self._prompt_factor = 1.0
-        self._stream_steps = self._prompt_steps = 0
+        self._stream_factor = 1.0
+        self._prompt_factors = [1.0, 1.0]  # alone; beside streams
+        self._stream_steps = 0
+        self._prompt_steps = [0, 0]
+        self._beside = False
         self._streams = self._prompts = 0.0  # what the step under way was predicted to take, without factors
 
     def begin(self, streams: int, positions: int, *, prompts: int, watched: bool) -> float:
@@ -52,6 +56,7 @@ class Pace:
         them stutter.
         """
         self._prompts = self._streams = 0.0
+        self._beside = streams > 0
         if streams:
             self._streams = self._step + streams * self._stream + positions * self._position
         seconds = self._streams * self._stream_factor
@@ -64,7 +69,7 @@ class Pace:
     def tokens_within(self, seconds: float, start: int) -> int:
         """Most tokens of a prompt, from position `start` on, that take no longer than `seconds`."""
         # pair/2 · n² + (token + pair · start) · n = seconds
-        seconds = max(0.0, seconds) / self._prompt_factor
+        seconds = max(0.0, seconds) / self._prompt_factors[self._beside]
         linear = self._token + self._pair * start
         return int(2 * seconds / (linear + sqrt(linear * linear + 2 * self._pair * seconds)))
 
@@ -72,14 +77,17 @@ class Pace:
         """Adds a prompt's tokens to the step; returns the seconds they are predicted to take."""
         seconds = tokens * self._token + self._pair * tokens * (start + tokens / 2)
         self._prompts += seconds
-        return seconds * self._prompt_factor
+        return seconds * self._prompt_factors[self._beside]
 
     def end(self, seconds: float) -> None:
         """Ends the step with the time it took."""
         if self._prompts:
             own = max(seconds - self._streams * self._stream_factor, 0.05 * seconds)
-            self._prompt_factor = _corrected(self._prompt_factor, own / self._prompts, self._prompt_steps)
-            self._prompt_steps += 1
+            i = self._beside
+            self._prompt_factors[i] = _corrected(
+                self._prompt_factors[i], own / self._prompts, self._prompt_steps[i]
+            )
+            self._prompt_steps[i] += 1
         elif self._streams:
             self._stream_factor = _corrected(self._stream_factor, seconds / self._streams, self._stream_steps)
             self._stream_steps += 1
