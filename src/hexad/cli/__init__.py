@@ -313,8 +313,8 @@ def run_batch(
 ) -> None:
     """Answer a file of requests in OpenAI's batch format.
 
-    Lines are {"custom_id", "method": "POST", "url": "/v1/chat/completions", "body"}; answers are written as
-    they are finished. Where OUT has some already, it goes on from there.
+    Answers are written as they are finished.
+    Where OUT has some already, it goes on from there.
     """
     given = {name: value for name, value in locals().items() if value not in (None, [], ())}
     files = [given.pop(name) for name in ("source", "target", "input_file", "output_file") if name in given]
