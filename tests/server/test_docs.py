@@ -22,6 +22,7 @@ def test_the_page_of_the_api(server: ServerProcess, browser: Any) -> None:
     page.get_by_label("Filter paths").fill("/v1/comp")
     (shown,) = page.locator("details:visible").all()
     shown.locator("summary").click()
+    shown.get_by_text("max_tokens").first.wait_for()  # what is opened is drawn then
     text = shown.inner_text()
     for expected in ("POST", "max_tokens", "prompt (required)", "string | [string] | [integer]", "429"):
         assert expected in text
