@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import openai
 import pytest
 from tests.server.browser import browser as browser
 from tests.server.browser import visit as visit
@@ -38,3 +39,17 @@ def llm() -> Iterator[LLM]:
     model = LLM("smollm2:135m", max_model_len=1024, threads=1)
     yield model
     model.close()
+
+
+@pytest.fixture(scope="module")
+def client(server: ServerProcess) -> Iterator[openai.OpenAI]:
+    """OpenAI's client of `server`."""
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="any", max_retries=0) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def strict_client(strict_server: ServerProcess) -> Iterator[openai.OpenAI]:
+    """OpenAI's client of `strict_server`, with its key."""
+    with openai.OpenAI(base_url=f"{strict_server.url}/v1", api_key=KEY, max_retries=0) as client:
+        yield client

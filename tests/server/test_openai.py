@@ -5,13 +5,11 @@ from __future__ import annotations
 import asyncio
 import json
 import math
-from collections.abc import Iterator
 from typing import Any, Literal
 
 import openai
 import pytest
 from pydantic import BaseModel
-from tests.server.conftest import KEY
 from tests.server.process import ServerProcess
 
 MODEL = "smollm2:135m"
@@ -31,18 +29,6 @@ WEATHER: Any = {
     },
 }
 CLOCK: Any = {"type": "function", "function": {"name": "get_time", "parameters": {"type": "object"}}}
-
-
-@pytest.fixture(scope="module")
-def client(server: ServerProcess) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="any", max_retries=0) as client:
-        yield client
-
-
-@pytest.fixture(scope="module")
-def strict_client(strict_server: ServerProcess) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{strict_server.url}/v1", api_key=KEY, max_retries=0) as client:
-        yield client
 
 
 def test_models(client: openai.OpenAI) -> None:

@@ -7,13 +7,11 @@ import json
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
 from typing import Any, Literal
 
 import openai
 import pytest
 from pydantic import BaseModel
-from tests.server.conftest import KEY
 from tests.server.process import ServerProcess
 
 from hexad.server.response_store import ResponseStore, StoredResponse
@@ -31,18 +29,6 @@ WEATHER: Any = {
         "additionalProperties": False,
     },
 }
-
-
-@pytest.fixture(scope="module")
-def client(server: ServerProcess) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="any", max_retries=0) as client:
-        yield client
-
-
-@pytest.fixture(scope="module")
-def strict_client(strict_server: ServerProcess) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{strict_server.url}/v1", api_key=KEY, max_retries=0) as client:
-        yield client
 
 
 def test_text(client: openai.OpenAI) -> None:

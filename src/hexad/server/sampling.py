@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from typing import Any
 
@@ -144,10 +145,8 @@ def response_format(
                 f"{'json_schema.' if field == 'response_format' else ''}schema.",
                 param=field,
             )
-        return StructuredOutputsParams(json=schema)  # type: ignore[arg-type]
+        return StructuredOutputsParams(json=json.dumps(schema))
     if kind == "structural_tag":
-        import json
-
         return StructuredOutputsParams(structural_tag=json.dumps(value))
     raise ApiError(
         400,

@@ -151,6 +151,7 @@ class _Process:
         try:
             llm, chat = await asyncio.to_thread(load, self.settings)
             self._llm = llm
+            self.is_loading = False
             speed = await _speed(llm)
             if self._stop.is_set():
                 return
@@ -174,8 +175,6 @@ class _Process:
         except Exception:
             logger.exception("The model could not be loaded.")
             self._fail()
-        finally:
-            self.is_loading = self._llm is None and asyncio.current_task().cancelling() > 0  # type: ignore[union-attr]
 
     def _broke(self) -> None:
         """The engine's thread died: those who waited have been told; a new process may do better."""
@@ -184,6 +183,7 @@ class _Process:
 
     def _fail(self) -> None:
         self._code = 1
+        self.is_loading = False
         self._stop.set()
 
 
