@@ -56,10 +56,12 @@ struct Kernels {
   void (*norm)(const float* x, const float* weight, float eps, int64_t n, float* out);
   void (*quantise)(const float* x, int64_t n, int slot, int width, void* tile, uint8_t* outliers);
   void (*quantise_rest)(const float* x, int slot, int width, const void* group, void* rest);
+  void (*total)(int64_t groups, int width, void* tile);
   void (*interleave)(const float* x, int64_t n, int slot, int width, float* tile);
   void (*rotate)(float* head, const float* cosine, const float* sine, int64_t half);
   void (*gated_silu)(const float* gate, const float* up, int64_t n, float* out);
-  void (*add)(const float* a, const float* b, int64_t n, float* out);
+  void (*add)(const float* a, int64_t a_stride, const float* b, int64_t b_stride, int64_t rows, int64_t n,
+              float* out, int64_t out_stride);
 
   // ops/rows.h; what probes run.
   int64_t (*read)(const void* data, int64_t bytes);

@@ -108,6 +108,7 @@ void LinearOp::prepare(Program& p, const Work& work, int member, int64_t tile) c
     std::fill_n(scratch.outliers.begin(), groups, uint8_t{0});
     for (int slot = 0; slot < count; ++slot)
       p.kernels_.quantise(input[slot], work.columns, slot, work.width, quantised, scratch.outliers.data());
+    p.kernels_.total(groups, work.width, quantised);
     auto* outlier_count = reinterpret_cast<int32_t*>(quantised + groups * group_bytes);
     char* rest = quantised + outlier_offset(groups, work.width, p.kernels_.pair_sums);
     *outlier_count = 0;
@@ -118,6 +119,7 @@ void LinearOp::prepare(Program& p, const Work& work, int member, int64_t tile) c
         if (scratch.outliers[at(g)] >> slot & 1)
           p.kernels_.quantise_rest(input[slot] + g * kGroup, slot, work.width, quantised + g * group_bytes,
                                    rest);
+      p.kernels_.total(1, work.width, rest);
       outlier_count[++*outlier_count] = static_cast<int32_t>(g);
       rest += group_bytes;
     }
@@ -164,8 +166,7 @@ void LinearOp::finish(Program& p, const Work& work, int member, int64_t unit, in
   const auto add_bias = [&](const Projection& projection, float* rows) {
     if (projection.bias < 0) return;
     const float* bias = p.vector(projection.bias) + panel * kPanelRows;
-    for (int64_t i = 0; i < count; ++i)
-      p.kernels_.add(rows + i * kPanelRows, bias, valid, rows + i * kPanelRows);
+    p.kernels_.add(rows, kPanelRows, bias, 0, count, valid, rows, kPanelRows);
   };
   add_bias(projections[index], product);
 
@@ -177,9 +178,8 @@ void LinearOp::finish(Program& p, const Work& work, int member, int64_t unit, in
         std::memcpy(to + i * stride + column, product + i * kPanelRows, at(valid) * sizeof(float));
       break;
     case Epilogue::kAdd:
-      for (int64_t i = 0; i < count; ++i)
-        p.kernels_.add(p.buffer(residual).row(work.begin + first + i) + column, product + i * kPanelRows,
-                       valid, to + i * stride + column);
+      p.kernels_.add(p.buffer(residual).row(work.begin + first) + column, p.buffer(residual).features,
+                     product, kPanelRows, count, valid, to + column, stride);
       break;
     case Epilogue::kGated: {
       float* up = multiply(p, work, member, p.weight(projections[1].weight), panel, tile, tile_count, 1);
@@ -234,8 +234,8 @@ void GatedOp::run(Program& p, int member, int64_t begin, int64_t rows) {
 
 void AddOp::run(Program& p, int member, int64_t begin, int64_t rows) {
   p.team_.loop(member, rows, [&](int64_t i) {
-    p.kernels_.add(p.buffer(a).row(begin + i), p.buffer(b).row(begin + i), p.buffer(a).features,
-                   p.buffer(out).row(begin + i));
+    p.kernels_.add(p.buffer(a).row(begin + i), 0, p.buffer(b).row(begin + i), 0, 1, p.buffer(a).features,
+                   p.buffer(out).row(begin + i), 0);
   });
 }
 

@@ -212,12 +212,13 @@ void quantised(const LinearArgs& a) {
       quantised_tile<Packed, W>(panel, nullptr, groups, tiles + i * a.tile_stride, false, out(i));
   } else {
     using Unpacked = Strip<Packed>;
-    // As many groups as fit, in whole blocks of all codecs.
-    constexpr int64_t kFit = kStripBytes / sizeof(typename Unpacked::Block);
-    constexpr int64_t kStrip = kFit < kStripGroups ? kFit / kSuperGroups * kSuperGroups : kStripGroups;
+    // As few strips as fit, in whole blocks, and as equal: each costs every tile a walk over its sums.
+    constexpr int64_t kFit = kStripBytes / sizeof(typename Unpacked::Block) / Packed::kGroups;
+    const int64_t blocks = groups / Packed::kGroups, strips = (blocks + kFit - 1) / kFit;
+    const int64_t in_strip = (blocks + strips - 1) / strips * Packed::kGroups;
     auto* strip = static_cast<typename Unpacked::Block*>(a.scratch);
-    for (int64_t first = 0; first < groups; first += kStrip) {
-      const int64_t count = groups - first < kStrip ? groups - first : kStrip;
+    for (int64_t first = 0; first < groups; first += in_strip) {
+      const int64_t count = groups - first < in_strip ? groups - first : in_strip;
       Unpacked::unpack(panel, first, count, strip);
       const Block* next = panel + (first + count) / Packed::kGroups;
       for (int i = 0; i < a.tile_count; ++i) {

@@ -23,53 +23,52 @@ void norm(const float* x, const float* weight, float eps, int64_t n, float* out)
   }
 }
 
-// Quantises 32 values into slot `slot` of an activation group; returns their scale.
-float quantise_group(F32 first, F32 second, int slot, int width, char* group) {
-  float d = max_of(max(abs(first), abs(second))) / 127.0f;
-  // No weights can make a NaN or an infinity right again: the group's scale says so. Below 1e-36, 1/d overflows.
-  const bool finite = !any_nan(first, second) && d <= 1e37f;
-  if (!finite) first = second = splat(0);
-  if (!(d >= 1e-36f)) d = 0;
-  const F32 inverse = splat(finite && d > 0 ? 1.0f / d : 0.0f);
-  if (!finite) d = __builtin_nanf("");
-  const I32 q[2] = {to_int(mul(first, inverse)), to_int(mul(second, inverse))};
-  const int32_t first_total = sum(q[0]), total = first_total + sum(q[1]);
-  int8_t bytes[kGroup];
-  store_bytes(bytes, q[0]);
-  store_bytes(bytes + 16, q[1]);
-  for (int c = 0; c < 8; ++c) __builtin_memcpy(group + (c * width + slot) * 4, bytes + 4 * c, 4);
-  float* scales = reinterpret_cast<float*>(group + width * kGroup);
-  scales[slot] = d;
-  scales[width + slot] = d * static_cast<float>(total);
-  int32_t* totals = reinterpret_cast<int32_t*>(scales + 2 * width);
-  totals[slot] = -4 * total;
-  totals[width + slot] = -4 * first_total;
-  if (kPairSums) {
-    constexpr float kFirst[16] = {1, 1, 0, 0, 1, 1, 0, 0, 1, 1, 0, 0, 1, 1, 0, 0};
-    int16_t* pairs = reinterpret_cast<int16_t*>(totals + 2 * width) + 2 * slot;
-    for (int half = 0; half < 2; ++half, pairs += 2 * width) {
-      const int both = half == 0 ? first_total : total - first_total;
-      const int pair = static_cast<int>(sum(mul(to_float(q[half]), load(kFirst))));  // integers, exact
-      pairs[0] = static_cast<int16_t>(-4 * pair);
-      pairs[1] = static_cast<int16_t>(-4 * (both - pair));
-    }
+// The scales of 16 groups whose largest magnitudes are given (∞ where a number is none), and what to multiply a
+// group with for its codes: 0 where they are 0. No weights can make a NaN or an infinity right again: the group's
+// scale says so. Below 1e-36, 1/d overflows.
+void group_scales(const float* largest, float* scales, float* inverses) {
+  F32 d = div(load(largest), splat(127.0f));
+  const Mask finite = at_least(splat(1e37f), d), positive = at_least(d, splat(1e-36f));
+  store(inverses, select(finite & positive, div(splat(1.0f), d), splat(0)));
+  store(scales, select(finite, select(positive, d, splat(0)), splat(__builtin_nanf(""))));
+}
+
+float largest_of(F32 first, F32 second) {
+  return any_nan(first, second) ? __builtin_inff() : max_of(max(abs(first), abs(second)));
+}
+
+// Writes q and d of one group into slot `slot`.
+inline void store_group(F32 first, F32 second, float inverse, float scale, int slot, int width, char* group) {
+  int8_t codes[kGroup] = {};
+  if (inverse != 0) {
+    store_bytes(codes, to_int(mul(first, splat(inverse))));
+    store_bytes(codes + 16, to_int(mul(second, splat(inverse))));
   }
-  return d;
+  for (int c = 0; c < 8; ++c) __builtin_memcpy(group + (c * width + slot) * 4, codes + 4 * c, 4);
+  __builtin_memcpy(group + width * kGroup + 4 * slot, &scale, 4);
 }
 
 void quantise(const float* x, int64_t n, int slot, int width, void* tile, uint8_t* outliers) {
+  const int64_t groups = n / kGroup, group_bytes = activation_group_bytes(width, kPairSums);
   char* group = static_cast<char*>(tile);
   float squares = 0;
-  for (int64_t i = 0; i < n; i += kGroup, group += activation_group_bytes(width, kPairSums)) {
-    const float d = quantise_group(load(x + i), load(x + i + 16), slot, width, group);
-    squares += d * d;
+  for (int64_t first = 0; first < groups; first += 16) {
+    const int count = static_cast<int>(groups - first < 16 ? groups - first : 16);
+    const float* from = x + first * kGroup;
+    float largest[16] = {}, scales[16], inverses[16];
+    for (int g = 0; g < count; ++g)
+      largest[g] = largest_of(load(from + g * kGroup), load(from + g * kGroup + 16));
+    group_scales(largest, scales, inverses);
+    for (int g = 0; g < count; ++g, from += kGroup, group += group_bytes) {
+      store_group(load(from), load(from + 16), inverses[g], scales[g], slot, width, group);
+      squares += scales[g] * scales[g];
+    }
   }
-  const int64_t groups = n / kGroup;
   const float limit = static_cast<float>(kOutlier) * (squares / static_cast<float>(groups));
   const float* d = reinterpret_cast<const float*>(static_cast<char*>(tile) + width * kGroup) + slot;
   // Rounding of squares and mean could let one more pass than the capacity has room for.
   int64_t room = (groups - 1) / kOutlier;
-  for (int64_t g = 0; g < groups && room > 0; ++g, d += activation_group_bytes(width, kPairSums) / 4) {
+  for (int64_t g = 0; g < groups && room > 0; ++g, d += group_bytes / 4) {
     if (!(*d * *d > limit)) continue;
     outliers[g] |= static_cast<uint8_t>(1 << slot);
     --room;
@@ -85,8 +84,57 @@ void quantise_rest(const float* x, int slot, int width, const void* group, void*
     for (int b = 0; b < 4; ++b) q[4 * c + b] = quad[b];
   }
   const F32 d = splat(reinterpret_cast<const float*>(from + width * kGroup)[slot]);
-  quantise_group(sub(load(x), mul(d, load(q))), sub(load(x + 16), mul(d, load(q + 16))), slot, width,
-                 static_cast<char*>(rest));
+  const F32 first = sub(load(x), mul(d, load(q))), second = sub(load(x + 16), mul(d, load(q + 16)));
+  float largest[16] = {largest_of(first, second)}, scales[16], inverses[16];
+  group_scales(largest, scales, inverses);
+  store_group(first, second, inverses[0], scales[0], slot, width, static_cast<char*>(rest));
+}
+
+template <int W>
+void total(int64_t groups, void* tile) {
+  constexpr int kQuads = 8 * W, kVectors = (kQuads + 15) / 16;
+  const auto sums_of = [](const int8_t* q, const int8_t(&ones)[4], int32_t* sums) {
+    for (int v = 0; v < kVectors; ++v) {
+      Dots<4, 1> dots;
+      dots.begin(splat_int(0));
+      dots.add(0, splat_quad(ones), load_quads(q + 64 * v));
+      store(sums + 16 * v, dots.end(splat_int(0)));
+    }
+  };
+  char* group = static_cast<char*>(tile);
+  for (int64_t g = 0; g < groups; ++g, group += activation_group_bytes(W, kPairSums)) {
+    int8_t q[64 * kVectors] = {};
+    __builtin_memcpy(q, group, 4 * kQuads);
+    float* d = reinterpret_cast<float*>(group + 4 * kQuads);
+    int32_t* n = reinterpret_cast<int32_t*>(d + 2 * W);
+    int32_t sums[16 * kVectors], pairs[16 * kVectors];
+    sums_of(q, {1, 1, 1, 1}, sums);
+    if (kPairSums) sums_of(q, {1, 1, 0, 0}, pairs);
+    for (int slot = 0; slot < W; ++slot) {
+      const auto half = [slot](const int32_t* of, int c) {
+        of += c * W + slot;
+        return of[0] + of[W] + of[2 * W] + of[3 * W];
+      };
+      const int32_t first = half(sums, 0), last = half(sums, 4);
+      d[W + slot] = d[slot] * static_cast<float>(first + last);
+      n[slot] = -4 * (first + last);
+      n[W + slot] = -4 * first;
+      if (kPairSums) {
+        const auto put = [&](int part, int32_t both, int32_t pair) {
+          int16_t* p = reinterpret_cast<int16_t*>(n + 2 * W) + 2 * (part * W + slot);
+          p[0] = static_cast<int16_t>(-4 * pair);
+          p[1] = static_cast<int16_t>(-4 * (both - pair));
+        };
+        put(0, first, half(pairs, 0));
+        put(1, last, half(pairs, 4));
+      }
+    }
+  }
+}
+
+void total_by_width(int64_t groups, int width, void* tile) {
+  constexpr void (*kTotal[])(int64_t, void*) = {total<1>, total<2>, total<3>, total<4>, total<5>, total<6>};
+  kTotal[width - 1](groups, tile);
 }
 
 void interleave(const float* x, int64_t n, int slot, int width, float* tile) {
@@ -113,11 +161,13 @@ void gated_silu(const float* gate, const float* up, int64_t n, float* out) {
   }
 }
 
-void add_rows(const float* a, const float* b, int64_t n, float* out) {
-  for (int64_t i = 0; i < n; i += 16) {
-    Mask m = first_lanes(n - i);
-    store(out + i, add(load(a + i, m), load(b + i, m)), m);
-  }
+void add_rows(const float* a, int64_t a_stride, const float* b, int64_t b_stride, int64_t rows, int64_t n,
+              float* out, int64_t out_stride) {
+  for (int64_t row = 0; row < rows; ++row, a += a_stride, b += b_stride, out += out_stride)
+    for (int64_t i = 0; i < n; i += 16) {
+      Mask m = first_lanes(n - i);
+      store(out + i, add(load(a + i, m), load(b + i, m)), m);
+    }
 }
 
 int64_t read(const void* data, int64_t bytes) {
@@ -161,6 +211,7 @@ void fill_rows(Kernels& table) {
   table.norm = norm;
   table.quantise = quantise;
   table.quantise_rest = quantise_rest;
+  table.total = total_by_width;
   table.interleave = interleave;
   table.rotate = rotate;
   table.gated_silu = gated_silu;

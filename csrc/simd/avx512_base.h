@@ -80,6 +80,7 @@ inline I32 load_nibbles(const uint8_t* p, int from) {
 inline I32 shift_left(I32 x, int bits) { return _mm512_slli_epi32(x, static_cast<unsigned>(bits)); }
 inline I32 add(I32 a, I32 b) { return _mm512_add_epi32(a, b); }
 inline int32_t sum(I32 x) { return _mm512_reduce_add_epi32(x); }
+inline void store(int32_t* p, I32 x) { _mm512_storeu_si512(p, x); }
 inline I32 to_int(F32 x) { return _mm512_cvtps_epi32(x); }
 inline void store_bytes(int8_t* p, I32 x) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(x));

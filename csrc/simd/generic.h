@@ -160,6 +160,7 @@ inline int32_t sum(I32 x) {
   for (int i = 0; i < 16; ++i) total += x[i];
   return total;
 }
+inline void store(int32_t* p, I32 x) { __builtin_memcpy(p, &x, 64); }
 // To the nearest integer, ties to even, for |x| < 2^22.
 inline I32 to_int(F32 x) { return __builtin_convertvector(round(x), I32); }
 inline void store_bytes(int8_t* p, I32 x) {
