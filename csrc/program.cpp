@@ -336,10 +336,15 @@ void Program::seal() {
   if (partial_floats_ > 0) partials_ = allocate<float>(kPartialFloats);
   const int64_t columns = (widest + kGroup - 1) / kGroup * kGroup;
   const int64_t dense_tile = columns * kMaxTile * static_cast<int64_t>(sizeof(float));
-  // Tiles of equal width are never more than the fewest there can be.
-  const int64_t tiles = (options_.max_rows + kMaxTile - 1) / kMaxTile;
-  quantised_tiles_ = allocate<char>(at(quantised_tile_bytes(columns, kMaxTile, kernels_.pair_sums) * tiles));
-  dense_tiles_ = allocate<char>(at(dense_tile * tiles));
+  int64_t quantised_bytes = 0, dense_bytes = 0;
+  for (int width = 1; width <= kMaxTile; ++width) {
+    const int64_t rows = width < 4 ? width : options_.max_rows, tiles = (rows + width - 1) / width;
+    quantised_bytes =
+        std::max(quantised_bytes, quantised_tile_bytes(columns, width, kernels_.pair_sums) * tiles);
+    dense_bytes = std::max(dense_bytes, dense_tile / kMaxTile * width * tiles);
+  }
+  quantised_tiles_ = allocate<char>(at(quantised_bytes));
+  dense_tiles_ = allocate<char>(at(dense_bytes));
   scratch_.resize(at(team_.size()));
   for (Scratch& s : scratch_) {
     s.rows = allocate<float>(at(columns * kMaxTile));

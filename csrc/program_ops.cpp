@@ -48,9 +48,7 @@ void LinearOp::run(Program& p, int member, int64_t begin, int64_t rows) {
   work.begin = begin;
   work.rows = rows;
   work.columns = p.buffer(x).features;
-  // Tiles of equal width: 7 rows are 4 + 3, not 6 + 1.
-  work.tiles = (rows + kMaxTile - 1) / kMaxTile;
-  work.width = static_cast<int>((rows + work.tiles - 1) / work.tiles);
+  work.width = tile_width(rows);
   work.tiles = (rows + work.width - 1) / work.width;
   for (const Projection& projection : projections) {
     if (p.quantises(p.weight(projection.weight)))

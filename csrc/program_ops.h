@@ -6,6 +6,16 @@
 
 namespace hexad {
 
+// Rows of each of the tiles that `rows` make: of the widths that use the registers well the one that leaves the fewest
+// slots empty, where a tile costs what half a row does beside its rows.
+constexpr int tile_width(int64_t rows) {
+  if (rows <= kMaxTile) return static_cast<int>(rows);
+  int best = kMaxTile;
+  const auto cost = [rows](int width) { return (rows + width - 1) / width * (2 * width + 1); };
+  for (int width = kMaxTile - 1; width >= 4; --width)
+    if (cost(width) < cost(best)) best = width;
+  return best;
+}
 constexpr int64_t kMaxBlockRows = 192;  // rows a panel passes over in one task; sizes Scratch::out
 
 struct EmbedOp : Op {

@@ -140,9 +140,6 @@ inline void quantised_tile(const typename Codec::Block* panel, const int32_t* in
   }
 }
 
-// Tiles from which unpacking the panel once pays.
-constexpr int kStripTiles = 4;
-
 // Fetches the i-th of n parts of the next strip (or panel) while a tile is multiplied: unpacking it would wait
 // for memory otherwise, and the multiplications leave memory idle. Past the end it does nothing.
 inline void prefetch_part(const void* next, int64_t bytes, int i, int n) {
@@ -200,6 +197,9 @@ inline void dense_tile(const typename Codec::Block* panel, int64_t columns, cons
   }
 }
 
+// Tiles from which the next panel is fetched in parts: halves and thirds of one are more than can be under way.
+constexpr int kFetchTiles = 4;
+
 template <class Packed, int W>
 void quantised(const LinearArgs& a) {
   using Block = typename Packed::Block;
@@ -208,8 +208,12 @@ void quantised(const LinearArgs& a) {
   const int64_t groups = a.columns / kGroup;
   const auto out = [&](int i) { return a.out + int64_t{i} * W * kPanelRows; };
   if (a.tile_count < kStripTiles) {
-    for (int i = 0; i < a.tile_count; ++i)
+    const int64_t blocks = groups / Packed::kGroups;
+    for (int i = 0; i < a.tile_count; ++i) {
+      if (a.tile_count >= kFetchTiles)
+        prefetch_part(panel + blocks, blocks * static_cast<int64_t>(sizeof(Block)), i, a.tile_count);
       quantised_tile<Packed, W>(panel, nullptr, groups, tiles + i * a.tile_stride, false, out(i));
+    }
   } else {
     using Unpacked = Strip<Packed>;
     // As few strips as fit, in whole blocks, and as equal: each costs every tile a walk over its sums.

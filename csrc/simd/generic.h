@@ -213,6 +213,8 @@ constexpr int kByteZero = 128;
 // Register tiles of float products: batch rows, and halves of a panel for so many of them.
 constexpr int kTileSlots = 6;
 constexpr int tile_halves(int) { return 2; }
+// Tiles of dots from which unpacking a panel once pays.
+constexpr int kStripTiles = 4;
 
 }  // namespace
 }  // namespace hexad::HEXAD_NAMESPACE
