@@ -92,41 +92,34 @@ void quantise_rest(const float* x, int slot, int width, const void* group, void*
 
 template <int W>
 void total(int64_t groups, void* tile) {
-  constexpr int kQuads = 8 * W, kVectors = (kQuads + 15) / 16;
-  const auto sums_of = [](const int8_t* q, const int8_t(&ones)[4], int32_t* sums) {
-    for (int v = 0; v < kVectors; ++v) {
-      Dots<4, 1> dots;
-      dots.begin(splat_int(0));
-      dots.add(0, splat_quad(ones), load_quads(q + 64 * v));
-      store(sums + 16 * v, dots.end(splat_int(0)));
-    }
-  };
+  constexpr int kRow = 4 * W, kVectors = (kRow + 15) / 16;
   char* group = static_cast<char*>(tile);
   for (int64_t g = 0; g < groups; ++g, group += activation_group_bytes(W, kPairSums)) {
-    int8_t q[64 * kVectors] = {};
-    __builtin_memcpy(q, group, 4 * kQuads);
-    float* d = reinterpret_cast<float*>(group + 4 * kQuads);
+    int8_t q[8 * kRow + 16] = {};  // vectors may end past the last
+    __builtin_memcpy(q, group, 8 * kRow);
+    // Over the quads of either half, for each slot and column of a quad.
+    int32_t sums[2][16 * kVectors];
+    for (int half = 0; half < 2; ++half)
+      for (int v = 0; v < kVectors; ++v) {
+        const int8_t* from = q + half * 4 * kRow + 16 * v;
+        store(sums[half] + 16 * v, add(add(load_bytes(from), load_bytes(from + kRow)),
+                                       add(load_bytes(from + 2 * kRow), load_bytes(from + 3 * kRow))));
+      }
+    float* d = reinterpret_cast<float*>(group + 8 * kRow);
     int32_t* n = reinterpret_cast<int32_t*>(d + 2 * W);
-    int32_t sums[16 * kVectors], pairs[16 * kVectors];
-    sums_of(q, {1, 1, 1, 1}, sums);
-    if (kPairSums) sums_of(q, {1, 1, 0, 0}, pairs);
     for (int slot = 0; slot < W; ++slot) {
-      const auto half = [slot](const int32_t* of, int c) {
-        of += c * W + slot;
-        return of[0] + of[W] + of[2 * W] + of[3 * W];
-      };
-      const int32_t first = half(sums, 0), last = half(sums, 4);
-      d[W + slot] = d[slot] * static_cast<float>(first + last);
-      n[slot] = -4 * (first + last);
-      n[W + slot] = -4 * first;
+      const int32_t *first = sums[0] + 4 * slot, *last = sums[1] + 4 * slot;
+      const int32_t pairs[2][2] = {{first[0] + first[1], first[2] + first[3]},
+                                   {last[0] + last[1], last[2] + last[3]}};
+      const int32_t begin = pairs[0][0] + pairs[0][1], all = begin + pairs[1][0] + pairs[1][1];
+      d[W + slot] = d[slot] * static_cast<float>(all);
+      n[slot] = -4 * all;
+      n[W + slot] = -4 * begin;
       if (kPairSums) {
-        const auto put = [&](int part, int32_t both, int32_t pair) {
-          int16_t* p = reinterpret_cast<int16_t*>(n + 2 * W) + 2 * (part * W + slot);
-          p[0] = static_cast<int16_t>(-4 * pair);
-          p[1] = static_cast<int16_t>(-4 * (both - pair));
-        };
-        put(0, first, half(pairs, 0));
-        put(1, last, half(pairs, 4));
+        int16_t* p = reinterpret_cast<int16_t*>(n + 2 * W) + 2 * slot;
+        for (int half = 0; half < 2; ++half)
+          for (int pair = 0; pair < 2; ++pair)
+            p[2 * W * half + pair] = static_cast<int16_t>(-4 * pairs[half][pair]);
       }
     }
   }
