@@ -178,7 +178,6 @@ def test_what_keeps_it_from_coming_up_is_one_line(server: ServerProcess, tmp_pat
     assert "cannot be listened on: Address already in use" in refused("--port", port)
     assert "no-such-model" in refused("no-such-model", "--port", "0")
     assert "certificate" in refused("--ssl-certfile", str(tmp_path / "none.pem"), "--port", "0")
-    assert "needs OpenTelemetry" in refused("--otlp-endpoint", "http://127.0.0.1:9", "--port", "0")
     assert "max_model_len" in refused("--max-model-len", "999999", "--port", "0")
     assert "chat_template" in refused("--chat-template", "{% broken", "--port", "0")
     (tmp_path / "file").touch()

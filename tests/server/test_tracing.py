@@ -1,12 +1,20 @@
-"""Traces: which spans a request leaves. Stand-ins for OpenTelemetry note what they get."""
+"""Traces: which spans a request leaves. OpenTelemetry itself sends them, to a collector that stands here."""
 
 from __future__ import annotations
 
+import gzip
+import json
 import sys
-from types import ModuleType, SimpleNamespace
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+from urllib.request import Request, urlopen
 
 import pytest
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
+from tests.server.process import ServerProcess
 
 from hexad.errors import ConfigError
 from hexad.server.tracing import Tracer
@@ -15,87 +23,109 @@ LOG = {
     "method": "POST", "path": "/v1/completions", "status": 200, "seconds": 0.5, "model": "m",
     "prompt_tokens": 3, "completion_tokens": 4, "finish_reasons": ["stop"], "time_to_first_token": 0.1,
 }  # fmt: skip
+TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
+TRACEPARENT = f"00-{TRACE}-{PARENT}-01"
 
 
-class Span(SimpleNamespace):
-    def set_status(self, status: str) -> None:
-        self.status = status
+class Collector(ThreadingHTTPServer):
+    """Takes spans by OTLP over HTTP."""
 
-    def end(self, at: int) -> None:
-        self.end_time = at
+    def __init__(self) -> None:
+        self.paths: list[str] = []
+        self.services: list[str] = []
+        self.spans: list[Span] = []
+        super().__init__(("127.0.0.1", 0), Exported)
+        self.url = f"http://127.0.0.1:{self.server_port}"
+
+
+class Exported(BaseHTTPRequestHandler):
+    server: Collector
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        if self.headers.get("Content-Encoding") == "gzip":
+            body = gzip.decompress(body)
+        self.server.paths.append(self.path)
+        for resource in ExportTraceServiceRequest.FromString(body).resource_spans:
+            self.server.services.append(attributes(resource.resource)["service.name"])
+            for scope in resource.scope_spans:
+                self.server.spans.extend(scope.spans)
+        self.send_response(200)
+        self.end_headers()
+
+    def log_message(self, *_: Any) -> None: ...
+
+
+def attributes(of: Any) -> dict[str, Any]:
+    def value(any_value: Any) -> Any:
+        kind = any_value.WhichOneof("value")
+        held = getattr(any_value, kind)
+        return [value(one) for one in held.values] if kind == "array_value" else held
+
+    return {item.key: value(item.value) for item in of.attributes}
 
 
 @pytest.fixture
-def sent(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """The endpoint, then the spans, as OpenTelemetry gets them."""
-    found: list[Any] = []
-
-    def start_span(name: str, **given: Any) -> Span:
-        found.append(Span(name=name, status=None, **given))
-        return found[-1]
-
-    class Provider:
-        def __init__(self, resource: Any) -> None:
-            assert resource["service.name"] == "hexad"
-
-        def add_span_processor(self, processor: Any) -> None:
-            found.append(processor)
-
-        def get_tracer(self, *_: str) -> Any:
-            return SimpleNamespace(start_span=start_span)
-
-        def shutdown(self) -> None:
-            found.append("shut down")
-
-    modules = {
-        "trace": {
-            "SpanKind": SimpleNamespace(SERVER="server"),
-            "StatusCode": SimpleNamespace(ERROR="error"),
-        },
-        "trace.propagation.tracecontext": {
-            "TraceContextTextMapPropagator": lambda: SimpleNamespace(extract=lambda carrier: carrier)
-        },
-        "sdk.resources": {"Resource": SimpleNamespace(create=lambda attributes: attributes)},
-        "sdk.trace": {"TracerProvider": Provider},
-        "sdk.trace.export": {"BatchSpanProcessor": lambda exporter: exporter},
-        "exporter.otlp.proto.http.trace_exporter": {"OTLPSpanExporter": lambda endpoint: endpoint},
-    }
-    for name in modules:
-        parts = f"opentelemetry.{name}".split(".")
-        for i in range(1, len(parts)):
-            monkeypatch.setitem(sys.modules, ".".join(parts[:i]), ModuleType(".".join(parts[:i])))
-    for name, attributes in modules.items():
-        module = ModuleType(f"opentelemetry.{name}")
-        vars(module).update(attributes)
-        monkeypatch.setitem(sys.modules, f"opentelemetry.{name}", module)
-    return found
+def collector() -> Iterator[Collector]:
+    with Collector() as collector:
+        thread = threading.Thread(target=collector.serve_forever)
+        thread.start()
+        yield collector
+        collector.shutdown()
+        thread.join()
 
 
-def test_a_request_is_a_span(sent: list[Any]) -> None:
-    tracer = Tracer("http://collector:4318")
-    tracer.record("/v1/completions", "id-1", LOG, "00-abc-def-01")
+def test_a_request_is_a_span(collector: Collector) -> None:
+    tracer = Tracer(collector.url)
+    tracer.record("/v1/completions", "id-1", LOG, TRACEPARENT)
     tracer.close()
-    endpoint, span, end = sent
-    assert endpoint == "http://collector:4318/v1/traces"
-    assert (span.name, span.kind, span.status, end) == ("POST /v1/completions", "server", None, "shut down")
-    assert span.context == {"traceparent": "00-abc-def-01"}
-    assert span.end_time - span.start_time == 500_000_000
-    assert span.attributes["gen_ai.response.model"] == "m"
-    assert span.attributes["gen_ai.usage.input_tokens"] == 3
-    assert span.attributes["gen_ai.usage.output_tokens"] == 4
-    assert span.attributes["gen_ai.response.finish_reasons"] == ["stop"]
-    assert span.attributes["gen_ai.latency.time_to_first_token"] == 0.1
-    assert span.attributes["http.response.status_code"] == 200
+    (span,) = collector.spans
+    assert (collector.paths, collector.services) == (["/v1/traces"], ["hexad"])
+    assert (span.name, span.kind) == ("POST /v1/completions", Span.SPAN_KIND_SERVER)
+    assert (span.trace_id.hex(), span.parent_span_id.hex()) == (TRACE, PARENT)
+    assert span.status.code == Status.STATUS_CODE_UNSET
+    assert span.end_time_unix_nano - span.start_time_unix_nano == 500_000_000
+    found = attributes(span)
+    assert found["gen_ai.response.model"] == "m"
+    assert found["gen_ai.usage.input_tokens"] == 3
+    assert found["gen_ai.usage.output_tokens"] == 4
+    assert found["gen_ai.response.finish_reasons"] == ["stop"]
+    assert found["gen_ai.latency.time_to_first_token"] == 0.1
+    assert found["http.response.status_code"] == 200
+    assert found["http.request.header.x-request-id"] == "id-1"
 
 
-def test_a_request_that_reached_no_model_says_nothing_of_one(sent: list[Any]) -> None:
-    Tracer("http://collector:4318/own/path").record(
-        None, "id-1", {"method": "GET", "path": "/x", "status": 503, "seconds": 0.1}, ""
-    )
-    endpoint, span = sent
-    assert endpoint.endswith("/own/path")
-    assert (span.name, span.status, span.context) == ("GET", "error", {})
-    assert not [name for name in span.attributes if name.startswith("gen_ai")]
+def test_a_request_that_reached_no_model_says_nothing_of_one(collector: Collector) -> None:
+    tracer = Tracer(f"{collector.url}/own/path")
+    tracer.record(None, "id-1", {"method": "GET", "path": "/x", "status": 503, "seconds": 0.1}, "")
+    tracer.close()
+    (span,) = collector.spans
+    assert collector.paths == ["/own/path"]
+    assert (span.name, span.status.code, span.parent_span_id) == ("GET", Status.STATUS_CODE_ERROR, b"")
+    assert not [name for name in attributes(span) if name.startswith("gen_ai")]
+
+
+def test_a_server_sends_the_spans_of_its_requests_before_it_ends(collector: Collector) -> None:
+    with ServerProcess("--otlp-endpoint", collector.url) as server:
+        body = json.dumps(
+            {"model": "smollm2:135m", "prompt": "Once upon", "max_tokens": 3, "ignore_eos": True}
+        )
+        headers = {"Content-Type": "application/json", "traceparent": TRACEPARENT}
+        with urlopen(Request(f"{server.url}/v1/completions", body.encode(), headers)) as answer:
+            usage = json.load(answer)["usage"]
+        assert server.terminate() == 0
+    (span,) = [span for span in collector.spans if span.name == "POST /v1/completions"]
+    found = attributes(span)
+    assert span.trace_id.hex() == TRACE
+    assert found["gen_ai.usage.input_tokens"] == usage["prompt_tokens"]
+    assert found["gen_ai.usage.output_tokens"] == usage["completion_tokens"] == 3
+    assert found["gen_ai.response.finish_reasons"] == ["length"]
+
+
+def test_a_collector_that_is_away_holds_nobody_up() -> None:
+    with ServerProcess("--otlp-endpoint", "http://127.0.0.1:9") as server:
+        assert server.get("/v1/models")[0] == 200
+        assert server.terminate() == 0
 
 
 def test_without_the_packages_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
