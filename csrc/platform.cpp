@@ -3,11 +3,30 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <cerrno>
+#include <cstring>
 #include <new>
 
 namespace hexad {
 
 int64_t process_id() { return getpid(); }
+
+ReadError::ReadError(int file, int reason)
+    : std::runtime_error(reason == 0 ? "the file ends where a weight should be" : std::strerror(reason)),
+      file(file),
+      reason(reason) {}
+
+void read_file(int file, int64_t start, size_t bytes, void* to) {
+  auto* p = static_cast<char*>(to);
+  while (bytes > 0) {
+    const ssize_t n = pread(file, p, bytes, start);
+    if (n < 0 && errno == EINTR) continue;
+    if (n <= 0) throw ReadError(file, n < 0 ? errno : 0);
+    p += n;
+    start += n;
+    bytes -= static_cast<size_t>(n);
+  }
+}
 
 void* allocate_bytes(size_t bytes) {
   if (bytes == 0) bytes = 1;

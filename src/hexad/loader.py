@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
@@ -110,11 +110,16 @@ def load(
     checkpoint = open_checkpoint(resolve(model))
     try:
         checkpoint.check_tokenizer()
-        # Both spend their time in native code, so they overlap.
+        # All that is Python's is done beside packing, which it does not hold up: that needs no GIL.
         with ThreadPoolExecutor(1) as thread:
-            future = thread.submit(checkpoint.tokenizer)
-            runner = ModelRunner(checkpoint, config, backend)
-            tokenizer = future.result()
+            tokenizers: list[Future[Tokenizer]] = []
+            runner = ModelRunner(
+                checkpoint,
+                config,
+                backend,
+                packing=lambda: tokenizers.append(thread.submit(checkpoint.tokenizer)),
+            )
+            tokenizer = tokenizers[0].result()
         _check_vocabulary(checkpoint, tokenizer.vocab_size, runner.graph.vocab_size)
         defaults = checkpoint.generation_defaults if generation_config == "auto" else {}
         engine = Engine(

@@ -12,6 +12,7 @@ import mmap
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -23,7 +24,7 @@ from numpy.typing import NDArray
 
 from hexad.checkpoint.files import map_file
 from hexad.errors import CheckpointError, UnsupportedError
-from hexad.weights import Weight, WeightFormat
+from hexad.weights import OpenFile, Place, Weight, WeightFormat
 from hexad.weights.ggml import FORMATS, TYPE_NAMES
 
 MAGIC = b"GGUF"
@@ -68,12 +69,12 @@ class GGUFFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._map = map_file(path)
+        self._map, file = map_file(path)
         reader = _Reader(self._map, path)
         self.version, tensor_count, key_count = _read_header(reader)
         self.metadata: Mapping[str, Any] = _read_metadata(reader, key_count)
         alignment = _alignment(self.metadata, path)
-        self.tensors: Mapping[str, Weight] = _read_tensors(reader, tensor_count, alignment)
+        self.tensors: Mapping[str, Weight] = _read_tensors(reader, tensor_count, alignment, file)
 
     def close(self) -> None:
         """Unmaps the file, once the last view of it is gone. Arrays not decoded by then cannot be read."""
@@ -332,7 +333,7 @@ class _TensorInfo(NamedTuple):
     size: int
 
 
-def _read_tensors(reader: _Reader, count: int, alignment: int) -> dict[str, Weight]:
+def _read_tensors(reader: _Reader, count: int, alignment: int, file: OpenFile) -> dict[str, Weight]:
     infos = [_read_tensor_info(reader, i, alignment) for i in range(count)]
     data_start = -(-reader.position // alignment) * alignment
     raw = np.frombuffer(reader.buffer, np.uint8)
@@ -346,7 +347,8 @@ def _read_tensors(reader: _Reader, count: int, alignment: int) -> dict[str, Weig
                 f"tensor {name!r} has {size} bytes at offset {start}, but the file ends at {reader.end}. "
                 "It is truncated or damaged; fetch it again."
             )
-        tensors[name] = format.from_bytes(raw[start : start + size], shape)
+        weight = format.from_bytes(raw[start : start + size], shape)
+        tensors[name] = replace(weight, place=Place(file, start))
     infos.sort(key=lambda info: info.offset)
     for info, following in pairwise(infos):
         if info.offset + info.size > following.offset:
