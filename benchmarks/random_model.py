@@ -3,9 +3,9 @@
     scripts/bench random_model TYPE … [--folder FOLDER]
 
 Writes FOLDER/1b-TYPE.gguf for each TYPE, a tensor type of GGUF or Q4_K_M. The shape is Llama 3.2 1B's, the
-vocabulary Llama 3's, the head tied to the embedding. Weights are random codes under sane scales: right for
-speed, and no text comes of it. In Q4_K_M half of attn_v and ffn_down, and the embedding, are Q6_K, as
-llama.cpp's own files have it.
+vocabulary Llama 3's with all its merges, the head tied to the embedding. Weights are random codes under sane
+scales: right for speed, and no text comes of it. In Q4_K_M half of attn_v and ffn_down, and the embedding,
+are Q6_K, as llama.cpp's own files have it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 from tests.gguf_writer import TYPES, Tensor, random_blocks, write
-from tests.vocabularies import byte_level_bpe, tiktoken_ranks
+from tests.vocabularies import byte_level_bpe, every_merge_of, tiktoken_ranks
 
 from hexad.checkpoint.tokenizer import CONTROL, NORMAL
 
@@ -104,7 +104,7 @@ def _tensors(type_name: str) -> Iterator[tuple[str, tuple[int, ...], int]]:
 
 
 def _vocabulary() -> dict[str, object]:
-    words, merges = byte_level_bpe(tiktoken_ranks("llama3"))
+    words, merges = byte_level_bpe(tiktoken_ranks("llama3"), every_merge_of)
     return {
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": "llama-bpe",

@@ -16,6 +16,7 @@
 
 #include "cpu_features.h"
 #include "formats/pack.h"
+#include "gguf_strings.h"
 #include "probe.h"
 #include "program.h"
 
@@ -184,6 +185,11 @@ NB_MODULE(_native, m) {
         return hexad::probe_int8(hexad::kernels_for(""), threads);
       },
       "threads"_a, "int8 multiply-adds per second `threads` threads together reach.");
+
+  m.def("end_of_strings", &hexad::end_of_strings, "buffer"_a, "start"_a, "count"_a,
+        "Where this many of GGUF's strings end; -1 where they run past the end of the buffer.");
+  m.def("strings", &hexad::strings, "buffer"_a, "start"_a, "count"_a,
+        "These strings of GGUF's, or the first of them, up to one that is not UTF-8 or not whole.");
 
   nb::class_<Program>(m, "Program",
                       "A compiled graph with its packed weights and KV cache; see csrc/program.h.")

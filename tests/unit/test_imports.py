@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "weights": "numpy",
     "graph": "weights numpy",
     "models": "graph weights",
-    "checkpoint": "weights numpy tokenizers jinja2 huggingface_hub",
+    "checkpoint": "weights _native numpy tokenizers jinja2 huggingface_hub",
     "placement": "_native",
     "backends": "graph weights placement _native numpy",
     "engine": "",
