@@ -186,6 +186,8 @@ NB_MODULE(_native, m) {
       },
       "threads"_a, "int8 multiply-adds per second `threads` threads together reach.");
 
+  m.def("trim_heap", &hexad::trim_heap, nb::call_guard<nb::gil_scoped_release>(),
+        "Gives back to the system what malloc holds of memory that was freed.");
   m.def("end_of_strings", &hexad::end_of_strings, "buffer"_a, "start"_a, "count"_a,
         "Where this many of GGUF's strings end; -1 where they run past the end of the buffer.");
   m.def("strings", &hexad::strings, "buffer"_a, "start"_a, "count"_a,

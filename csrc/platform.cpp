@@ -3,6 +3,10 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#ifdef __GLIBC__
+#include <malloc.h>
+#endif
+
 #include <cerrno>
 #include <cstring>
 #include <new>
@@ -37,6 +41,12 @@ void* allocate_bytes(size_t bytes) {
   if (bytes >= kWorthHugePages) madvise(p, bytes, MADV_HUGEPAGE);
 #endif
   return p;
+}
+
+void trim_heap() {
+#ifdef __GLIBC__
+  malloc_trim(0);
+#endif
 }
 
 void FreeMemory::operator()(void* p) const { munmap(p, bytes ? bytes : 1); }

@@ -30,6 +30,9 @@ using Memory = std::unique_ptr<T[], FreeMemory>;
 
 void* allocate_bytes(size_t bytes);
 
+// Gives back to the system what malloc holds of memory that was freed.
+void trim_heap();
+
 template <class T>
 Memory<T> allocate(size_t count) {
   size_t bytes;

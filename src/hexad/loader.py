@@ -100,6 +100,7 @@ def load(
     Raises ConfigError, ModelNotFoundError, CheckpointError, and before loading anything
     InsufficientMemoryError.
     """
+    from hexad import _native
     from hexad.checkpoint.open import open_checkpoint
     from hexad.checkpoint.store import resolve
     from hexad.runner.executor import LocalExecutor
@@ -120,6 +121,8 @@ def load(
                 packing=lambda: tokenizers.append(thread.submit(checkpoint.tokenizer)),
             )
             tokenizer = tokenizers[0].result()
+        checkpoint.release()
+        _native.trim_heap()  # making a tokenizer takes twice what it keeps
         _check_vocabulary(checkpoint, tokenizer.vocab_size, runner.graph.vocab_size)
         defaults = checkpoint.generation_defaults if generation_config == "auto" else {}
         engine = Engine(

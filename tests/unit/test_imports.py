@@ -35,7 +35,7 @@ MAY_IMPORT = {
     "backends": "graph weights placement _native numpy",
     "engine": "",
     "runner": "models backends checkpoint placement graph engine.step numpy llguidance",
-    "loader": "engine runner checkpoint placement",
+    "loader": "_native engine runner checkpoint placement",
     "prompts": "checkpoint",
     "llm": "loader prompts engine checkpoint placement rich",
     "async_llm": "loader prompts engine checkpoint placement",

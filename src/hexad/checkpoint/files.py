@@ -32,6 +32,12 @@ def map_file(path: Path) -> tuple[mmap.mmap, OpenFile]:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
 
 
+def release(buffer: mmap.mmap) -> None:
+    """Lets go of a mapped file's pages that are in this process's memory; they come back as they are read."""
+    if hasattr(buffer, "madvise"):
+        buffer.madvise(mmap.MADV_DONTNEED)
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises CheckpointError; see `parse_json`."""
     buffer, _ = map_file(path)

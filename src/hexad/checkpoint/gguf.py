@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hexad import _native
-from hexad.checkpoint.files import map_file
+from hexad.checkpoint.files import map_file, release
 from hexad.errors import CheckpointError, UnsupportedError
 from hexad.weights import OpenFile, Place, Weight, WeightFormat
 from hexad.weights.ggml import FORMATS, TYPE_NAMES
@@ -77,6 +77,10 @@ class GGUFFile:
         self.metadata: Mapping[str, Any] = _read_metadata(reader, key_count)
         alignment = _alignment(self.metadata, path)
         self.tensors: Mapping[str, Weight] = _read_tensors(reader, tensor_count, alignment, file)
+
+    def release(self) -> None:
+        """Lets go of the pages that were read."""
+        release(self._map)
 
     def close(self) -> None:
         """Unmaps the file, once the last view of it is gone. Arrays not decoded by then cannot be read."""

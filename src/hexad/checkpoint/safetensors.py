@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
-from hexad.checkpoint.files import map_file, parse_json
+from hexad.checkpoint.files import map_file, parse_json, release
 from hexad.errors import CheckpointError, UnsupportedError
 from hexad.weights import BF16, F16, F32, Place, Weight
 from hexad.weights.dense import DenseFormat
@@ -78,6 +78,10 @@ class SafetensorsFile:
         if info.start % format.block_bytes == 0:
             return replace(format.from_bytes(raw, info.shape), place=place)
         return Weight(format, info.shape, _Aligned(raw, format, info.shape), place)
+
+    def release(self) -> None:
+        """Lets go of the pages that were read."""
+        release(self._map)
 
     def close(self) -> None:
         """Unmaps the file, once the last view of it is gone."""
