@@ -12,13 +12,13 @@ as llama.cpp's own files have it.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from tests.gguf_writer import TYPES, Tensor, random_blocks, write
-from tests.vocabularies import byte_level_bpe, tiktoken_ranks
+from tests.vocabularies import byte_level_bpe, every_merge_of, merges_of, tiktoken_ranks
 
 from hexad.checkpoint.tokenizer import CONTROL, NORMAL
 
@@ -35,11 +35,12 @@ class Shape:
     ranks: str
     """The tiktoken vocabulary that the tokens come from; the rest are special."""
     pre: str
+    merges: Callable[[Mapping[bytes, int]], list[tuple[bytes, bytes]]] = merges_of
 
 
 SHAPES = {
     "0.5b": Shape(24, 896, 4864, 14, 2, 64, 151_936, "qwen", "qwen2"),
-    "1b": Shape(16, 2048, 8192, 32, 8, 64, 128_256, "llama3", "llama-bpe"),
+    "1b": Shape(16, 2048, 8192, 32, 8, 64, 128_256, "llama3", "llama-bpe", every_merge_of),
     "4b": Shape(36, 2560, 9728, 32, 8, 128, 151_936, "qwen", "qwen2"),
 }
 CHUNK = 1 << 20
@@ -124,7 +125,7 @@ def _tensors(shape: Shape, type_name: str) -> Iterator[tuple[str, tuple[int, ...
 
 
 def _vocabulary(shape: Shape) -> dict[str, object]:
-    words, merges = byte_level_bpe(tiktoken_ranks(shape.ranks))
+    words, merges = byte_level_bpe(tiktoken_ranks(shape.ranks), shape.merges)
     special = [f"<|special_{i}|>" for i in range(shape.vocabulary - len(words))]
     return {
         "tokenizer.ggml.model": "gpt2",

@@ -2,17 +2,21 @@
 
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <cerrno>
 #include <cstring>
+#include <optional>
 #include <stdexcept>
 #include <tuple>
 #include <utility>
 
 #include "cpu_features.h"
 #include "formats/pack.h"
+#include "gguf_strings.h"
 #include "probe.h"
 #include "program.h"
 
@@ -29,6 +33,25 @@ using Out = nb::ndarray<T, nb::ndim<N>, nb::c_contig, nb::device::cpu>;
 
 void require(bool holds, const char* message) {
   if (!holds) throw std::invalid_argument(message);
+}
+
+// sources: for each weight its bytes, uint8 [n], or (file, start, order): a file's descriptor, where in it they begin,
+// and None or which of its rows each row is, int64 [rows].
+void pack(Program& p, const nb::list& sources) {
+  std::vector<hexad::Source> list;
+  for (nb::handle source : sources) {
+    if (nb::isinstance<nb::tuple>(source)) {
+      const auto [file, start, order] =
+          nb::cast<std::tuple<int, int64_t, std::optional<In<int64_t, 1>>>>(source, false);
+      list.push_back({nullptr, 0, file, start, order ? order->data() : nullptr,
+                      order ? static_cast<int64_t>(order->shape(0)) : 0});
+    } else {
+      const auto data = nb::cast<In<uint8_t, 1>>(source, false);
+      list.push_back({data.data(), static_cast<int64_t>(data.shape(0)), -1, 0, nullptr, 0});
+    }
+  }
+  nb::gil_scoped_release release;
+  p.pack(list);
 }
 
 void forward(Program& p, In<int32_t, 1> tokens, In<int32_t, 1> row_starts, In<int32_t, 1> starts,
@@ -127,6 +150,16 @@ hexad::Epilogue epilogue_of(const std::string& name) {
 NB_MODULE(_native, m) {
   m.doc() = "The native CPU core: compiled programs and hardware probes.";
 
+  // As Python's own functions on descriptors do: OSError with the descriptor for a file's name.
+  nb::register_exception_translator([](const std::exception_ptr& error, void*) {
+    try {
+      std::rethrow_exception(error);
+    } catch (const hexad::ReadError& e) {
+      const nb::tuple args = nb::make_tuple(e.reason, e.what(), e.file);
+      PyErr_SetObject(PyExc_OSError, args.ptr());
+    }
+  });
+
   m.def("isas", &hexad::supported_isas, "ISAs this build has and this machine supports, best first.");
   m.def(
       "isa", [] { return std::string(hexad::kernels_for("").isa); },
@@ -153,6 +186,13 @@ NB_MODULE(_native, m) {
       },
       "threads"_a, "int8 multiply-adds per second `threads` threads together reach.");
 
+  m.def("trim_heap", &hexad::trim_heap, nb::call_guard<nb::gil_scoped_release>(),
+        "Gives back to the system what malloc holds of memory that was freed.");
+  m.def("end_of_strings", &hexad::end_of_strings, "buffer"_a, "start"_a, "count"_a,
+        "Where this many of GGUF's strings end; -1 where they run past the end of the buffer.");
+  m.def("strings", &hexad::strings, "buffer"_a, "start"_a, "count"_a,
+        "These strings of GGUF's, or the first of them, up to one that is not UTF-8 or not whole.");
+
   nb::class_<Program>(m, "Program",
                       "A compiled graph with its packed weights and KV cache; see csrc/program.h.")
       .def(
@@ -165,13 +205,6 @@ NB_MODULE(_native, m) {
           nb::kw_only(), "isa"_a, "threads"_a, "quantised"_a, "kv_dtype"_a, "max_rows"_a, "max_seqs"_a,
           "kv_blocks"_a)
       .def("add_weight", &Program::add_weight, "stored"_a, "rows"_a, "columns"_a)
-      .def(
-          "pack_weight",
-          [](Program& p, int weight, const std::string& stored, In<uint8_t, 1> data) {
-            nb::gil_scoped_release release;
-            p.pack_weight(weight, stored, data.data(), static_cast<int64_t>(data.shape(0)));
-          },
-          "weight"_a, "stored"_a, "data"_a.noconvert())
       .def(
           "add_vector",
           [](Program& p, In<float, 1> values) {
@@ -206,6 +239,7 @@ NB_MODULE(_native, m) {
       .def("op_take_rows", &Program::op_take_rows, "x"_a, "out"_a)
       .def("op_logits", &Program::op_logits, "x"_a, "norm"_a, "eps"_a, "weight"_a)
       .def("seal", &Program::seal)
+      .def("pack", &pack, "sources"_a)
       .def("prefault", &Program::prefault, nb::call_guard<nb::gil_scoped_release>())
       .def("forward", &forward, "tokens"_a.noconvert(), "row_starts"_a.noconvert(), "starts"_a.noconvert(),
            "block_tables"_a.noconvert(), "sample_rows"_a.noconvert())

@@ -5,10 +5,19 @@
 #include <cstdint>
 #include <memory>
 #include <new>
+#include <stdexcept>
 
 namespace hexad {
 
 int64_t process_id();
+
+// A file that cannot be read: the system's reason, or 0 where it ends too soon.
+struct ReadError : std::runtime_error {
+  ReadError(int file, int reason);
+  int file, reason;
+};
+// Reads bytes [start, start + bytes) of an open file. Throws ReadError.
+void read_file(int file, int64_t start, size_t bytes, void* to);
 
 // Zeroed memory, 64-byte aligned, in huge pages where the system offers them; pages are touched on first use.
 // Throws std::bad_alloc.
@@ -20,6 +29,9 @@ template <class T>
 using Memory = std::unique_ptr<T[], FreeMemory>;
 
 void* allocate_bytes(size_t bytes);
+
+// Gives back to the system what malloc holds of memory that was freed.
+void trim_heap();
 
 template <class T>
 Memory<T> allocate(size_t count) {

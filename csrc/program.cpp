@@ -35,19 +35,6 @@ int64_t product(int64_t a, int64_t b) {
 
 constexpr int64_t kMost = int64_t{1} << 31;  // of features, heads, layers, rows
 
-// Holds the program for one call.
-class Busy {
- public:
-  explicit Busy(std::atomic_flag& flag) : flag_(flag) {
-    if (flag_.test_and_set(std::memory_order_acquire))
-      throw std::logic_error("the program is busy: it takes one call at a time");
-  }
-  ~Busy() { flag_.clear(std::memory_order_release); }
-
- private:
-  std::atomic_flag& flag_;
-};
-
 }  // namespace
 
 Program::Program(const Options& options)
@@ -58,39 +45,6 @@ Program::Program(const Options& options)
 }
 
 Program::~Program() = default;
-
-int Program::add_weight(const std::string& stored, int64_t rows, int64_t columns) {
-  const Stored& type = stored_of(stored);
-  require(!sealed_, "the program is sealed");
-  require(rows > 0 && columns > 0 && rows < kMost && columns < kMost, "a weight of " + std::to_string(rows) +
-                                                                          " × " + std::to_string(columns) +
-                                                                          "; each is between 1 and 2^31");
-  require(columns % type.block_columns == 0, std::to_string(columns) + " columns are no multiple of " +
-                                                 std::to_string(type.block_columns) + ", as " + stored +
-                                                 " needs");
-  auto w = std::make_unique<Weight>();
-  *w = Weight{type.layout, rows, columns, type.panel_bytes(columns), {}};
-  w->data = allocate<char>(at(product(w->panels(), w->panel_bytes)));
-  weights_.push_back(std::move(w));
-  return static_cast<int>(weights_.size()) - 1;
-}
-
-void Program::pack_weight(int weight, const std::string& stored_name, const uint8_t* data, int64_t bytes) {
-  const Weight& w = check_weight(weight);
-  const Busy busy(busy_);
-  const Stored& stored = stored_of(stored_name);
-  const int64_t row_bytes = stored.row_bytes(w.columns);
-  require(stored.layout == w.layout, "the weight was added as another type than " + stored_name);
-  require(bytes == row_bytes * w.rows, "a weight has " + std::to_string(bytes) + " bytes; " +
-                                           std::to_string(row_bytes * w.rows) + " expected");
-  team_.run([&](int member) {
-    team_.loop(member, w.panels(), [&](int64_t panel) {
-      const int64_t first = panel * kPanelRows;
-      pack_panel(stored, data + first * row_bytes, std::min<int64_t>(kPanelRows, w.rows - first), w.columns,
-                 w.data.get() + panel * w.panel_bytes);
-    });
-  });
-}
 
 int Program::add_vector(const float* values, int64_t n) {
   vectors_.emplace_back(values, values + n);
@@ -146,7 +100,7 @@ void Program::check_vector(int vector, int64_t n, const char* what) const {
 
 const Weight& Program::check_weight(int weight) const {
   require(weight >= 0 && at(weight) < weights_.size(), "no such weight");
-  return *weights_[at(weight)];
+  return weights_[at(weight)];
 }
 
 void Program::add_op(std::unique_ptr<Op> op) {
@@ -419,7 +373,7 @@ int64_t Program::hidden_size() const {
 
 int64_t Program::weight_bytes() const {
   int64_t total = 0;
-  for (const auto& w : weights_) total += w->panels() * w->panel_bytes;
+  for (const Weight& w : weights_) total += w.bytes();
   for (const auto& v : vectors_) total += static_cast<int64_t>(v.size() * sizeof(float));
   return total;
 }
@@ -438,7 +392,7 @@ int64_t Program::workspace_bytes() const {
 
 void Program::forward(const BatchView& batch) {
   const Busy busy(busy_);
-  require(sealed_, "the program is not sealed");
+  require(sealed_ && (packed_ || weights_.empty()), "the program is not sealed, or has no weights yet");
   require(batch.rows >= 1 && batch.rows <= options_.max_rows,
           "a step of " + std::to_string(batch.rows) + " rows; 1 to " + std::to_string(options_.max_rows) +
               " are planned for");

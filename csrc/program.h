@@ -7,6 +7,7 @@
 #include <atomic>
 #include <cstdint>
 #include <memory>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -42,13 +43,25 @@ struct BatchView {
 };
 
 struct Weight {
+  const Stored* stored;
   Layout layout;
   int64_t rows, columns;
   int64_t panel_bytes;
-  Memory<char> data;
+  char* data;  // in the program's memory for weights; null until they are packed
 
   int64_t panels() const { return (rows + kPanelRows - 1) / kPanelRows; }
-  const char* panel(int64_t i) const { return data.get() + i * panel_bytes; }
+  int64_t bytes() const { return panels() * panel_bytes; }
+  const char* panel(int64_t i) const { return data + i * panel_bytes; }
+};
+
+// A weight as a checkpoint stores it: its bytes, or where they lie in an open file.
+struct Source {
+  const uint8_t* data;  // null: in the file
+  int64_t bytes;
+  int file;
+  int64_t start;
+  const int64_t* order;  // of a file's rows: which of them each row of the weight is; null: as they lie
+  int64_t order_size;
 };
 
 // Float rows [max_rows][features].
@@ -90,6 +103,19 @@ class Op {
   bool sampled = false;  // its rows are the batch's sample rows, not all its tokens
 };
 
+// Holds the program for one call.
+class Busy {
+ public:
+  explicit Busy(std::atomic_flag& flag) : flag_(flag) {
+    if (flag_.test_and_set(std::memory_order_acquire))
+      throw std::logic_error("the program is busy: it takes one call at a time");
+  }
+  ~Busy() { flag_.clear(std::memory_order_release); }
+
+ private:
+  std::atomic_flag& flag_;
+};
+
 class Program {
  public:
   explicit Program(const Options& options);
@@ -97,7 +123,6 @@ class Program {
 
   // Building. Each returns the number later calls name it by; std::invalid_argument for what does not fit.
   int add_weight(const std::string& stored, int64_t rows, int64_t columns);
-  void pack_weight(int weight, const std::string& stored, const uint8_t* data, int64_t bytes);
   int add_vector(const float* values, int64_t n);
   int add_buffer(int64_t features);
   // `magnitude` multiplies cosines and sines.
@@ -120,6 +145,8 @@ class Program {
   void op_take_rows(int x, int out);
   void op_logits(int x, int norm, float eps, int weight);
   void seal();
+  // Fills all weights, once, in the order they were added. Throws ReadError where a file cannot be read.
+  void pack(const std::vector<Source>& sources);
   // Touches the cache and all working memory, so that none of it is first taken while it runs.
   void prefault();
 
@@ -174,7 +201,8 @@ class Program {
   const Kernels& kernels_;
   const Options options_;
   ThreadTeam team_;
-  std::vector<std::unique_ptr<Weight>> weights_;
+  std::vector<Weight> weights_;
+  Memory<char> packed_;  // of all of them: one piece, for the sake of huge pages
   std::vector<std::vector<float>> vectors_;
   std::vector<Buffer> buffers_;
   std::vector<Rope> ropes_;
@@ -189,7 +217,7 @@ class Program {
 
   const float* vector(int i) const { return i < 0 ? nullptr : vectors_[static_cast<size_t>(i)].data(); }
   Buffer& buffer(int i) { return buffers_[static_cast<size_t>(i)]; }
-  const Weight& weight(int i) const { return *weights_[static_cast<size_t>(i)]; }
+  const Weight& weight(int i) const { return weights_[static_cast<size_t>(i)]; }
   bool quantises(const Weight& w) const {
     return options_.quantised && kernels_.linear_quantised[static_cast<int>(w.layout)] != nullptr;
   }

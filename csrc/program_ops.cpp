@@ -19,7 +19,7 @@ void EmbedOp::run(Program& p, int member, int64_t begin, int64_t rows) {
   const Weight& w = p.weight(weight);
   const auto gather = p.kernels_.gather_row[static_cast<int>(w.layout)];
   p.team_.loop(member, rows, [&](int64_t i) {
-    gather(w.data.get(), p.batch_.tokens[begin + i], w.columns, p.buffer(out).row(begin + i));
+    gather(w.data, p.batch_.tokens[begin + i], w.columns, p.buffer(out).row(begin + i));
   });
 }
 

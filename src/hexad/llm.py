@@ -78,6 +78,7 @@ class LLM:
         self._loaded = load(model, backend, self.config, generation_config=generation_config)
         self._default_params = self._loaded.default_params
         self.plan = self._loaded.plan
+        self.load_seconds = self._loaded.seconds
         self.engine = self._loaded.engine
         self._prompts = PromptReader(self._loaded.tokenizer)
         self._request_ids = map(str, itertools.count())

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
@@ -65,7 +66,9 @@ _NOTHING_TO_DO: Mapping[str, tuple[object, ...] | None] = {
 class Loaded:
     """An open model and the engine that runs it; `close` it.
 
-    default_params: of a request that brings none.
+    default_params: of a request that brings none. seconds: what loading took: "open" (finding and reading the
+    header), "plan" (graph, memory, buffers), "weights" (packing), "tokenizer" (made meanwhile: what it took
+    longer).
     """
 
     config: EngineConfig
@@ -74,6 +77,7 @@ class Loaded:
     runner: ModelRunner
     engine: Engine
     default_params: SamplingParams
+    seconds: Mapping[str, float]
 
     @property
     def plan(self) -> Plan:
@@ -88,6 +92,19 @@ class Loaded:
         self.checkpoint.close()
 
 
+class _Laps:
+    """seconds: between the ends of phases that follow each other, by their names."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def end(self, name: str) -> None:
+        now = time.perf_counter()
+        self.seconds[name] = now - self._last
+        self._last = now
+
+
 def load(
     model: str | os.PathLike[str], backend: str, config: EngineConfig, *, generation_config: str = "auto"
 ) -> Loaded:
@@ -100,6 +117,7 @@ def load(
     Raises ConfigError, ModelNotFoundError, CheckpointError, and before loading anything
     InsufficientMemoryError.
     """
+    from hexad import _native
     from hexad.checkpoint.open import open_checkpoint
     from hexad.checkpoint.store import resolve
     from hexad.runner.executor import LocalExecutor
@@ -107,14 +125,25 @@ def load(
 
     if generation_config not in ("auto", "vllm"):
         raise ConfigError(f"generation_config must be 'auto' or 'vllm', not {shown(generation_config)}.")
+    laps = _Laps()
     checkpoint = open_checkpoint(resolve(model))
+    laps.end("open")
     try:
         checkpoint.check_tokenizer()
-        # Both spend their time in native code, so they overlap.
+        # All that is Python's is done beside packing, which it does not hold up: that needs no GIL.
         with ThreadPoolExecutor(1) as thread:
-            future = thread.submit(checkpoint.tokenizer)
-            runner = ModelRunner(checkpoint, config, backend)
-            tokenizer = future.result()
+            beside: list[Future[Tokenizer]] = []
+
+            def packing() -> None:
+                laps.end("plan")
+                beside.append(thread.submit(checkpoint.tokenizer))
+
+            runner = ModelRunner(checkpoint, config, backend, packing=packing)
+            laps.end("weights")
+            tokenizer = beside[0].result()
+            laps.end("tokenizer")
+        checkpoint.release()
+        _native.trim_heap()  # making a tokenizer takes twice what it keeps
         _check_vocabulary(checkpoint, tokenizer.vocab_size, runner.graph.vocab_size)
         defaults = checkpoint.generation_defaults if generation_config == "auto" else {}
         engine = Engine(
@@ -130,7 +159,8 @@ def load(
             ),
             token_text=tokenizer.token_text,
         )
-        return Loaded(config, checkpoint, tokenizer, runner, engine, SamplingParams(**defaults))
+        params = SamplingParams(**defaults)
+        return Loaded(config, checkpoint, tokenizer, runner, engine, params, laps.seconds)
     except BaseException:
         checkpoint.close()
         raise

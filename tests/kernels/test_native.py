@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -152,16 +153,55 @@ def test_bad_weights() -> None:
     ):  # fmt: skip
         with pytest.raises(ValueError, match=r".+"):
             p.add_weight(stored, rows, columns)
-    weight = p.add_weight("Q4_1", 4, 64)
-    for handle, stored, size in (
-        (weight, "Q4_1", 159),
-        (weight, "Q4_1", 161),
-        (weight, "Q4_0", 144),
-        (9, "Q4_1", 160),
-    ):
-        with pytest.raises(ValueError, match=r".+"):
-            p.pack_weight(handle, stored, np.zeros(size, np.uint8))
-    p.pack_weight(weight, "Q4_1", np.zeros(160, np.uint8))
+
+
+def with_a_weight() -> _native.Program:
+    """A program that wants a Q4_1 weight of 4 × 64, which has 160 bytes."""
+    p = program()
+    p.op_embed(p.add_weight("Q4_1", 4, 64), p.add_buffer(64))
+    p.seal()
+    return p
+
+
+def test_bad_sources(tmp_path: Path) -> None:
+    file = tmp_path / "weights"
+    file.write_bytes(bytes(8 + 160))
+    fine = np.zeros(160, np.uint8)
+    with file.open("rb") as opened:
+        fd = opened.fileno()
+        for sources in (
+            [],
+            [fine, fine],
+            [np.zeros(159, np.uint8)],
+            [np.zeros(161, np.uint8)],
+            [(fd, -1, None)],
+            [(fd, 2**60, None)],
+            [(fd, 8, np.arange(3))],
+            [(fd, 8, np.array([0, 1, 2, 4]))],
+            [(fd, 8, np.array([0, 1, 2, -1]))],
+        ):
+            with pytest.raises(ValueError, match=r".+"):
+                with_a_weight().pack(sources)
+        for wrong in (None, "", np.zeros(160, np.int8), (fd, 8), (fd, 8, np.zeros(4, np.int32))):
+            with pytest.raises((TypeError, RuntimeError)):
+                with_a_weight().pack([wrong])  # type: ignore[list-item]
+        with pytest.raises(OSError, match="ends") as short:
+            with_a_weight().pack([(fd, 9, None)])
+        assert short.value.filename == fd
+        with_a_weight().pack([(fd, 8, np.arange(4)[::-1].copy())])
+    with pytest.raises(OSError, match="descriptor"):
+        with_a_weight().pack([(fd, 8, None)])
+    p = with_a_weight()
+    p.pack([fine])
+    with pytest.raises(ValueError, match="once"):
+        p.pack([fine])
+
+
+def test_weights_come_before_use() -> None:
+    p = with_a_weight()
+    ids = np.zeros(1, np.int32)
+    with pytest.raises(ValueError, match="no weights yet"):
+        p.forward(ids, np.array([0, 1], np.int32), ids, ids.reshape(1, 1), ids[:0])
 
 
 def test_ops_that_do_not_fit() -> None:

@@ -517,6 +517,14 @@ def test_absent_special_tokens() -> None:
 class Lazy(Sequence[Any]):
     """As an array of a GGUF file; without `values`, one that must not be decoded."""
 
+    @property
+    def kind(self) -> type[Any]:
+        assert self.values is not None
+        return type(self.values[0])
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.tolist())
+
     def __init__(self, values: list[Any] | None, length: int) -> None:
         self.values, self.length = values, length
 

@@ -34,6 +34,11 @@ def load(
     return {"version": version("hexad"), "settings": f"{_native.isa()}, defaults"}
 
 
+def load_seconds() -> dict[str, float]:
+    """What the phases of loading took."""
+    return dict(_Engine.llm.load_seconds)
+
+
 def generate(prompts: list[list[int]], count: int) -> dict[str, Any]:
     """See benchmarks.compare.engines."""
     params = SamplingParams(temperature=0.0, max_tokens=count, ignore_eos=True)
@@ -48,4 +53,4 @@ def generate(prompts: list[list[int]], count: int) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    serve(load, generate)
+    serve(load, generate, load_seconds)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -95,6 +95,13 @@ class Backend(Protocol):
         """Bytes an executable takes beside weights and KV cache; what kv_blocks says does not matter."""
 
     def compile(
-        self, graph: Graph, weights: Mapping[str, Weight], options: CompileOptions, limits: Limits
+        self,
+        graph: Graph,
+        weights: Mapping[str, Weight],
+        options: CompileOptions,
+        limits: Limits,
+        packing: Callable[[], None] = lambda: None,
     ) -> Executable:
-        """Packs the weights and plans the buffers. Raises BackendError for what it cannot run."""
+        """Plans the buffers and packs the weights. packing: called when only that is left to do, in which
+        other threads can run. Raises BackendError for what it cannot run, CheckpointError for weights that
+        cannot be read."""

@@ -47,12 +47,18 @@ class ReferenceBackend:
         return 4 * 4 * (limits.max_rows * widest[False] + limits.max_seqs * widest[True])
 
     def compile(
-        self, graph: Graph, weights: Mapping[str, Weight], options: CompileOptions, limits: Limits
+        self,
+        graph: Graph,
+        weights: Mapping[str, Weight],
+        options: CompileOptions,
+        limits: Limits,
+        packing: Callable[[], None] = lambda: None,
     ) -> ReferenceExecutable:
         """Allocates the KV cache. Raises BackendError for an op it does not know."""
         unknown = {node.op for node in graph.nodes} - ReferenceExecutable.KERNELS.keys()
         if unknown:
             raise BackendError(f"the reference backend does not know the ops {sorted(unknown)}")
+        packing()
         return ReferenceExecutable(graph, weights, options, limits)
 
 

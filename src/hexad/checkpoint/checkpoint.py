@@ -38,6 +38,7 @@ class Checkpoint:
     _close: Callable[[], None] = field(repr=False)
     generation_defaults: Mapping[str, Any] = field(default_factory=dict)
     _check_tokenizer: Callable[[], None] = field(default=lambda: None, repr=False)
+    _release: Callable[[], None] = field(default=lambda: None, repr=False)
     _tokenizer: Tokenizer | None = field(default=None, init=False, repr=False)
     _closed: bool = field(default=False, init=False, repr=False)
 
@@ -58,6 +59,10 @@ class Checkpoint:
                 )
             self._tokenizer = self._load_tokenizer()
         return self._tokenizer
+
+    def release(self) -> None:
+        """Lets go of what of the files has come into this process's memory; it is read again when needed."""
+        self._release()
 
     def close(self) -> None:
         """Lets go of the files. Arrays taken from `weights` and a tokenizer already made stay valid."""

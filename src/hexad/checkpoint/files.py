@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import mmap
+import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from hexad.errors import CheckpointError
+from hexad.weights import OpenFile
 
 # Python's objects take up to 250 bytes for six characters of JSON, so what makes objects is counted first.
 MAX_JSON_BYTES = 100_000_000
@@ -16,22 +18,30 @@ MAX_BRACKETS = 200_000
 MAX_COMMAS = 2**20
 
 
-def map_file(path: Path) -> mmap.mmap:
-    """A file, mapped to be read. Raises CheckpointError if it is empty, unreadable or no regular file."""
+def map_file(path: Path) -> tuple[mmap.mmap, OpenFile]:
+    """A file, mapped to be read, and open. Raises CheckpointError if it is empty, unreadable or no regular
+    file."""
     try:
         if path.exists() and not path.is_file():  # opening a pipe would wait for its writer
             raise CheckpointError(f"{path}: not a regular file")
-        with path.open("rb") as file:
-            if not file.seek(0, 2):
-                raise CheckpointError(f"{path}: the file is empty; fetch it again")
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        file = OpenFile(path)
+        if not os.fstat(file.descriptor).st_size:
+            raise CheckpointError(f"{path}: the file is empty; fetch it again")
+        return mmap.mmap(file.descriptor, 0, access=mmap.ACCESS_READ), file
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
 
 
+def release(buffer: mmap.mmap) -> None:
+    """Lets go of a mapped file's pages that are in this process's memory; they come back as they are read."""
+    if hasattr(buffer, "madvise"):
+        buffer.madvise(mmap.MADV_DONTNEED)
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises CheckpointError; see `parse_json`."""
-    with map_file(path) as buffer:
+    buffer, _ = map_file(path)
+    with buffer:
         if len(buffer) > MAX_JSON_BYTES:
             raise CheckpointError(f"{path}: {len(buffer)} bytes long; the limit is {MAX_JSON_BYTES}")
         return parse_json(buffer[:], path, "the file")

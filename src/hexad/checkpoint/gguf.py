@@ -12,6 +12,7 @@ import mmap
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -21,9 +22,10 @@ from typing import Any, NamedTuple, NoReturn, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from hexad.checkpoint.files import map_file
+from hexad import _native
+from hexad.checkpoint.files import map_file, release
 from hexad.errors import CheckpointError, UnsupportedError
-from hexad.weights import Weight, WeightFormat
+from hexad.weights import OpenFile, Place, Weight, WeightFormat
 from hexad.weights.ggml import FORMATS, TYPE_NAMES
 
 MAGIC = b"GGUF"
@@ -51,6 +53,7 @@ _SCALARS = {
 }  # fmt: skip
 _U32 = struct.Struct("<I")
 _U64 = struct.Struct("<Q")
+_STRINGS_AT_ONCE = 4096
 _KEY_MIN_BYTES = 8 + 4 + 1  # empty key, type, one byte
 _TENSOR_MIN_BYTES = 8 + 4 + 8 + 4 + 8  # empty name, one dimension
 
@@ -68,12 +71,16 @@ class GGUFFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._map = map_file(path)
+        self._map, file = map_file(path)
         reader = _Reader(self._map, path)
         self.version, tensor_count, key_count = _read_header(reader)
         self.metadata: Mapping[str, Any] = _read_metadata(reader, key_count)
         alignment = _alignment(self.metadata, path)
-        self.tensors: Mapping[str, Weight] = _read_tensors(reader, tensor_count, alignment)
+        self.tensors: Mapping[str, Weight] = _read_tensors(reader, tensor_count, alignment, file)
+
+    def release(self) -> None:
+        """Lets go of the pages that were read."""
+        release(self._map)
 
     def close(self) -> None:
         """Unmaps the file, once the last view of it is gone. Arrays not decoded by then cannot be read."""
@@ -114,7 +121,15 @@ class LazyArray(Sequence[Any]):
         return self._count
 
     def __iter__(self) -> Iterator[Any]:
-        return iter(self.tolist())
+        """The elements; not all of a large array of strings at once."""
+        if self._type != _STRING:
+            return iter(self.tolist())
+        return self._iter_strings()
+
+    def _iter_strings(self) -> Iterator[str]:
+        reader = self._reader.at(self._start)
+        for first in range(0, self._count, _STRINGS_AT_ONCE):
+            yield from reader.strings(min(_STRINGS_AT_ONCE, self._count - first), self._key, first)
 
     def __repr__(self) -> str:
         return f"LazyArray({self._key}, {self._count} elements)"
@@ -208,17 +223,13 @@ class _Reader:
         except UnicodeDecodeError as error:
             self.fail(f"{what} is not UTF-8: {error.reason} at byte {start + error.start}")
 
-    def strings(self, count: int, what: str) -> list[str]:
+    def strings(self, count: int, what: str, first: int = 0) -> list[str]:
         """Strings already skipped over once, so known to lie within the file."""
-        buffer, unpack, position = self.buffer, _U64.unpack_from, self.position
-        items = []
-        try:
-            for _ in range(count):
-                start = position + 8
-                position = start + unpack(buffer, position)[0]
-                items.append(buffer[start:position].decode())
-        except UnicodeDecodeError as error:
-            self.fail(f"{what} [{len(items)}] is not UTF-8: {error.reason} at byte {start + error.start}")
+        items = _native.strings(self.buffer, self.position, count)
+        read = len(items)
+        self.position = _native.end_of_strings(self.buffer, self.position, read)
+        if read < count:
+            self.string(f"{what} [{first + read}]")  # raises
         return items
 
     def scalars(self, type_id: int, count: int, what: str) -> list[Any]:
@@ -264,17 +275,10 @@ class _Reader:
             self.array(what)
 
     def _skip_strings(self, count: int, what: str) -> None:
-        buffer, unpack, position = self.buffer, _U64.unpack_from, self.position
-        last = self.end - 8
-        for _ in range(count):
-            if position > last:
-                break
-            position += 8 + unpack(buffer, position)[0]
-        else:
-            if position <= self.end:
-                self.position = position
-                return
-        self.fail(f"{what} runs past the end of the file at {self.end}. It is truncated; fetch it again.")
+        position = _native.end_of_strings(self.buffer, self.position, count)
+        if position < 0:
+            self.fail(f"{what} runs past the end of the file at {self.end}. It is truncated; fetch it again.")
+        self.position = position
 
     def value(self, what: str) -> Any:
         """A metadata value with its type."""
@@ -332,7 +336,7 @@ class _TensorInfo(NamedTuple):
     size: int
 
 
-def _read_tensors(reader: _Reader, count: int, alignment: int) -> dict[str, Weight]:
+def _read_tensors(reader: _Reader, count: int, alignment: int, file: OpenFile) -> dict[str, Weight]:
     infos = [_read_tensor_info(reader, i, alignment) for i in range(count)]
     data_start = -(-reader.position // alignment) * alignment
     raw = np.frombuffer(reader.buffer, np.uint8)
@@ -346,7 +350,8 @@ def _read_tensors(reader: _Reader, count: int, alignment: int) -> dict[str, Weig
                 f"tensor {name!r} has {size} bytes at offset {start}, but the file ends at {reader.end}. "
                 "It is truncated or damaged; fetch it again."
             )
-        tensors[name] = format.from_bytes(raw[start : start + size], shape)
+        weight = format.from_bytes(raw[start : start + size], shape)
+        tensors[name] = replace(weight, place=Place(file, start))
     infos.sort(key=lambda info: info.offset)
     for info, following in pairwise(infos):
         if info.offset + info.size > following.offset:

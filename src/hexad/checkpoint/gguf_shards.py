@@ -68,6 +68,11 @@ class GGUFShards(GGUFFile):
             _fail(first, f"{TENSOR_COUNT} is {expected!r:.80}, but its parts have {len(tensors)} tensors")
         self.tensors = tensors
 
+    def release(self) -> None:
+        """Lets go of the pages that were read."""
+        for part in self._parts:
+            part.release()
+
     def close(self) -> None:
         """Unmaps every part; see GGUFFile."""
         self.tensors = {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import compress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -73,6 +73,27 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any], source: Path) -> Tokenizer:
     Raises UnsupportedError (a kind of tokenizer that is not one of KINDS) and TokenizerError (malformed).
     """
     return _GGUFTokenizer(metadata, source).build()
+
+
+class _Merges(Sequence[tuple[str, str]]):
+    """Merges, written "left right", as pairs that are made when they are read, which is once: a list of Llama
+    3's 280,000 would take 50 MB."""
+
+    def __init__(self, merges: Sequence[str], error: Callable[[str], TokenizerError]) -> None:
+        self._merges, self._error = merges, error
+
+    def __len__(self) -> int:
+        return len(self._merges)
+
+    def __getitem__(self, index: Any) -> Any:
+        return list(self)[index]
+
+    def __iter__(self) -> Iterator[tuple[str, str]]:
+        for i, merge in enumerate(self._merges):
+            left, space, right = merge.partition(" ")
+            if not space:
+                raise self._error(f"merge {i} is {merge!r:.80}, not two tokens with a space between them")
+            yield left, right
 
 
 class _GGUFTokenizer:
@@ -145,7 +166,7 @@ class _GGUFTokenizer:
         self,
         tokens: list[str],
         types: list[int],
-        merges: list[tuple[str, str]],
+        merges: Sequence[tuple[str, str]],
         unknown: int | None,
         prefix: bool,
     ) -> tokenizers.Tokenizer:
@@ -178,7 +199,9 @@ class _GGUFTokenizer:
         encoder.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", "▁")])
         return encoder
 
-    def _bpe(self, tokens: list[str], merges: list[tuple[str, str]], **options: Any) -> tokenizers.Tokenizer:
+    def _bpe(
+        self, tokens: list[str], merges: Sequence[tuple[str, str]], **options: Any
+    ) -> tokenizers.Tokenizer:
         import tokenizers
         from tokenizers import models
 
@@ -194,6 +217,8 @@ class _GGUFTokenizer:
         except BaseException as error:  # the library raises plain Exception for a merge of unknown tokens
             if not from_library(error):
                 raise
+            for _ in merges:  # raises what is wrong with one of them, which the library does not pass on
+                pass
             raise self._error(f"the merges do not fit the vocabulary: {error!s:.200}") from error
 
     def _add_tokens(self, encoder: tokenizers.Tokenizer, tokens: list[str], types: list[int]) -> None:
@@ -207,14 +232,8 @@ class _GGUFTokenizer:
             ]
         )
 
-    def _merges(self) -> list[tuple[str, str]]:
-        merges = []
-        for i, merge in enumerate(self._array("merges", (str,))):
-            left, space, right = merge.partition(" ")
-            if not space:
-                raise self._error(f"merge {i} is {merge!r:.80}, not two tokens with a space between them")
-            merges.append((left, right))
-        return merges
+    def _merges(self) -> Sequence[tuple[str, str]]:
+        return _Merges(self._elements("merges", (str,)), self._error)
 
     def _merges_by_score(self, tokens: list[str], types: list[int]) -> list[tuple[str, str]]:
         """SentencePiece's merges: of all neighbours that are a token together, those come first whose token
@@ -314,7 +333,12 @@ class _GGUFTokenizer:
         return value
 
     def _array(self, name: str, kinds: tuple[type[T], ...], count: int | None = None) -> list[T]:
-        """count: how many elements to insist on, one per token."""
+        """All elements. count: how many to insist on, one per token."""
+        elements = self._elements(name, kinds, count)
+        return elements.tolist() if hasattr(elements, "tolist") else list(elements)
+
+    def _elements(self, name: str, kinds: tuple[type[T], ...], count: int | None = None) -> Sequence[T]:
+        """The array itself, checked: decode it all at once or iterate."""
         key = f"tokenizer.ggml.{name}"
         value = self.metadata.get(key)
         if value is None:
@@ -324,13 +348,11 @@ class _GGUFTokenizer:
         if len(value) > MAX_ELEMENTS or count not in (None, len(value)):  # before decoding it: it may be huge
             wanted = f"at most {MAX_ELEMENTS:,}" if count is None else f"{count:,}, one per token"
             raise self._error(f"{key} has {len(value):,} elements, not {wanted}")
-        elements: list[Any] = []
-        found = getattr(value, "kind", kinds[0])
-        if found in kinds:  # asked before decoding, which takes many times the bytes of small integers
-            elements = value.tolist() if hasattr(value, "tolist") else list(value)
-        if wrong := {found, *map(type, elements)}.difference(kinds):
+        # Where its kind is known, it is asked for: decoding takes many times the bytes of small integers.
+        found = {value.kind} if hasattr(value, "kind") else set(map(type, value))
+        if wrong := found.difference(kinds):
             raise self._error(f"{key} holds {min(t.__name__ for t in wrong)}, not only {kinds[0].__name__}")
-        return elements
+        return value
 
     def _error(self, reason: str) -> TokenizerError:
         return TokenizerError(f"{self.source}: {reason}.")

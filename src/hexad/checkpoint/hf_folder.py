@@ -61,6 +61,10 @@ def open_folder(folder: Path) -> Checkpoint:
         for file in files:
             file.close()
 
+    def release() -> None:
+        for file in files:
+            file.release()
+
     try:
         files += [SafetensorsFile(path) for path in weight_files(folder)]
         weights = _read_weights(folder, files)
@@ -86,7 +90,7 @@ def open_folder(folder: Path) -> Checkpoint:
         check_folder_tokenizer(folder)
 
     defaults = read_generation_defaults(generation)
-    return Checkpoint(folder, config, weights, load_tokenizer, close, defaults, check_tokenizer)
+    return Checkpoint(folder, config, weights, load_tokenizer, close, defaults, check_tokenizer, release)
 
 
 def _weight_map(index: Path) -> Mapping[str, str]:

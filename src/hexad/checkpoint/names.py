@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any, Literal, NoReturn
 
 import numpy as np
@@ -174,7 +175,8 @@ def _half_split(file: GGUFFile, name: str, weight: Weight, heads: int, config: M
             f"{file.path}: tensor {name} is a vector in {weight.format.name}; F32 expected"
         )
     rows = half_split_rows(heads, head_dim, config["rotary_dim"])
-    return Weight(weight.format, weight.shape, _ReorderedRows(weight, rows))
+    place = weight.place and replace(weight.place, order=rows)
+    return Weight(weight.format, weight.shape, _ReorderedRows(weight, rows), place)
 
 
 def _architecture(file: GGUFFile) -> Architecture:

@@ -100,4 +100,6 @@ def _open_gguf(path: Path) -> Checkpoint:
 
         supported_kind(file.metadata, path)
 
-    return Checkpoint(path, config, weights, load_tokenizer, file.close, defaults, check_tokenizer)
+    return Checkpoint(
+        path, config, weights, load_tokenizer, file.close, defaults, check_tokenizer, file.release
+    )

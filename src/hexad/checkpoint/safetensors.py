@@ -13,15 +13,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hexad.checkpoint.files import map_file, parse_json
+from hexad.checkpoint.files import map_file, parse_json, release
 from hexad.errors import CheckpointError, UnsupportedError
-from hexad.weights import BF16, F16, F32, Weight
+from hexad.weights import BF16, F16, F32, Place, Weight
 from hexad.weights.dense import DenseFormat
 
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
@@ -58,7 +59,7 @@ class SafetensorsFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._map = map_file(path)
+        self._map, self._file = map_file(path)
         self.infos: Mapping[str, TensorInfo] = self._read_infos()
 
     def weight(self, name: str) -> Weight:
@@ -73,9 +74,14 @@ class SafetensorsFile:
                 'from_pretrained(..., dtype="bfloat16"), then save_pretrained(...).'
             )
         raw = np.frombuffer(self._map, np.uint8, info.end - info.start, info.start)
+        place = Place(self._file, info.start)
         if info.start % format.block_bytes == 0:
-            return format.from_bytes(raw, info.shape)
-        return Weight(format, info.shape, _Aligned(raw, format, info.shape))
+            return replace(format.from_bytes(raw, info.shape), place=place)
+        return Weight(format, info.shape, _Aligned(raw, format, info.shape), place)
+
+    def release(self) -> None:
+        """Lets go of the pages that were read."""
+        release(self._map)
 
     def close(self) -> None:
         """Unmaps the file, once the last view of it is gone."""

@@ -9,8 +9,10 @@ from __future__ import annotations
 import codecs
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from array import array
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any, Literal, Protocol, overload
 
 from hexad.checkpoint.chat_template import ChatTemplate
@@ -110,6 +112,35 @@ class TextStream:
         return self._utf8.decode(b"", final=True)
 
 
+class _Texts(Sequence[str]):
+    """Many short texts in little memory: strings of their own would take ten times as much."""
+
+    def __init__(self, texts: Sequence[str]) -> None:
+        encoded = [text.encode("utf-8", "surrogatepass") for text in texts]
+        self._bytes = b"".join(encoded)
+        self._starts = array("q", accumulate(map(len, encoded), initial=0))
+
+    def __len__(self) -> int:
+        return len(self._starts) - 1
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[str]: ...
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        i = range(len(self))[index]
+        return self._text(self._starts[i], self._starts[i + 1])
+
+    def __iter__(self) -> Iterator[str]:
+        for start, end in pairwise(self._starts):
+            yield self._text(start, end)
+
+    def _text(self, start: int, end: int) -> str:
+        return self._bytes[start:end].decode("utf-8", "surrogatepass")
+
+
 class Tokenizer:
     """A model's vocabulary and how text becomes tokens of it.
 
@@ -147,8 +178,8 @@ class Tokenizer:
         self._templates = dict(chat_templates or {})
         self.chat_template = self._templates.get("default")
         self._encoder = encoder
-        self._tokens = tokens
-        self._types = types
+        self._tokens = _Texts(tokens)
+        self._types = bytes(types)
         self._spelling = spelling or ByteLevel()
         self._source = source
         self._bytes: dict[int, bytes] = {}

@@ -50,7 +50,8 @@ _NOT_REPORTED = TokenLogprobs([], [], [])
 class ModelRunner:
     """Turns scheduled steps into tokens. Its memory is planned, and refused, before any weight is packed.
 
-    tokenizer: asked for when a request needs it; the checkpoint's own by default.
+    tokenizer: asked for when a request needs it; the checkpoint's own by default. packing: called when only
+    packing the weights is left, in which other threads can run.
 
     Raises ConfigError, CheckpointError, InsufficientMemoryError.
     """
@@ -62,6 +63,7 @@ class ModelRunner:
         backend: str = "cpu",
         *,
         tokenizer: Callable[[], Tokenizer] | None = None,
+        packing: Callable[[], None] = lambda: None,
     ) -> None:
         self.config = config
         self.backend = make_backend(backend)
@@ -77,7 +79,7 @@ class ModelRunner:
         self._masks = MaskPool()
         self._sampler = Sampler(self.vocabulary)
         self._closed = False
-        self._executable: Executable | None = self._compile()
+        self._executable: Executable | None = self._compile(packing)
 
     @property
     def executable(self) -> Executable:
@@ -161,8 +163,9 @@ class ModelRunner:
         self._masks.close()
         self.graph.weights = {}
 
-    def _compile(self) -> Executable:
-        return self.backend.compile(self.graph, self.graph.weights, _options(self.config), self.limits)
+    def _compile(self, packing: Callable[[], None] = lambda: None) -> Executable:
+        options = _options(self.config)
+        return self.backend.compile(self.graph, self.graph.weights, options, self.limits, packing)
 
     def _grammar(self, params: SamplingParams | PoolingParams) -> Grammar | None:
         if isinstance(params, PoolingParams) or params.structured_outputs is None:

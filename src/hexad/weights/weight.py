@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,6 +46,38 @@ class WeightFormat(ABC):
         """The weight made of these rows (first axis), in this order, without dequantising."""
 
 
+class OpenFile:
+    """A file that weights are read from, open as long as any of them needs it.
+
+    descriptor: for reading at offsets; nobody moves its position. Raises OSError.
+    """
+
+    __slots__ = ("descriptor", "path")
+
+    def __init__(self, path: Path) -> None:
+        self.descriptor = -1
+        self.path = path
+        self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def __del__(self) -> None:
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Place:
+    """Where a weight's stored bytes lie, so that they can be read without becoming part of this process's
+    memory, as the pages of a mapped file do.
+
+    start: offset in the file, in bytes. order: int64 [rows], which of the rows there each row of the weight
+    is; None: they lie as they are.
+    """
+
+    file: OpenFile
+    start: int
+    order: NDArray[np.int64] | None = None
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Weight:
     """A stored tensor.
@@ -51,11 +85,13 @@ class Weight:
     shape: logical, row-major: a linear layer's weight is (out_features, in_features).
     arrays: the stored bytes by role; block formats have one, "blocks": uint8 [rows, bytes per row]; dense
         formats one, "data", of the stored dtype and the logical shape. They may be views of a mapped file.
+    place: where a file has the same bytes, if one does.
     """
 
     format: WeightFormat
     shape: tuple[int, ...]
     arrays: Mapping[str, NDArray[np.generic]]
+    place: Place | None = None
 
     @property
     def nbytes(self) -> int:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from hexad import _native
 from hexad.backends.backend import Batch, CompileOptions, Limits
 from hexad.backends.cpu.layouts import layout_of
-from hexad.backends.cpu.lower import lower, plan_buffers
+from hexad.backends.cpu.lower import lower, pack, plan_buffers
 from hexad.backends.sampling import SampleBatch, SampleOutput
 from hexad.config import BLOCK_TOKENS, CacheDtype
 from hexad.errors import BackendError, HexadError
@@ -46,9 +46,15 @@ class CpuBackend:
         self.isa = isa
 
     def compile(
-        self, graph: Graph, weights: Mapping[str, Weight], options: CompileOptions, limits: Limits
+        self,
+        graph: Graph,
+        weights: Mapping[str, Weight],
+        options: CompileOptions,
+        limits: Limits,
+        packing: Callable[[], None] = lambda: None,
     ) -> CpuExecutable:
-        """Allocates buffers and cache, packs every weight once. Raises BackendError for what it cannot do."""
+        """Allocates buffers and cache, packs every weight once. Raises BackendError for what it cannot do,
+        CheckpointError for a file that cannot be read."""
         program = _checked(
             lambda: _native.Program(
                 isa=self.isa or "",
@@ -60,7 +66,9 @@ class CpuBackend:
                 kv_blocks=limits.kv_blocks,
             )
         )
-        _checked(lambda: lower(graph, weights, program))
+        matrices = _checked(lambda: lower(graph, weights, program))
+        packing()
+        _checked(lambda: pack(matrices, program))
         if options.prefault:
             _checked(program.prefault)
         return CpuExecutable(program)

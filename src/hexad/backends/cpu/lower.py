@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from hexad import _native
-from hexad.errors import BackendError
+from hexad.errors import BackendError, CheckpointError
 from hexad.graph import Graph, Node, RopeSpec
 from hexad.weights import Weight
 
@@ -61,9 +62,36 @@ def _residual(node: Node) -> int | None:
     return None
 
 
-def lower(graph: Graph, weights: Mapping[str, Weight], program: _native.Program) -> None:
-    """Builds `program` from `graph` and packs its weights. Raises BackendError for an op it does not know."""
-    _Lowering(graph, weights, program).run()
+def lower(graph: Graph, weights: Mapping[str, Weight], program: _native.Program) -> list[Weight]:
+    """Builds `program` from `graph`. Returns the matrices that it is to pack, in its order.
+
+    Raises BackendError for an op it does not know.
+    """
+    lowering = _Lowering(graph, weights, program)
+    lowering.run()
+    return [weights[name] for name in lowering.matrices]
+
+
+def pack(matrices: Sequence[Weight], program: _native.Program) -> None:
+    """Packs what `lower` returned: of a file straight from there, without holding its bytes in memory.
+
+    Raises CheckpointError where the file cannot be read.
+    """
+    try:
+        program.pack([_source(weight) for weight in matrices])
+    except OSError as error:
+        path = next(
+            w.place.file.path for w in matrices if w.place and w.place.file.descriptor == error.filename
+        )
+        what = f"{error.strerror}. It has changed since it was opened, or cannot be read; fetch it again."
+        raise CheckpointError(f"{path}: {what}") from error
+
+
+def _source(weight: Weight) -> NDArray[np.uint8] | tuple[int, int, NDArray[np.int64] | None]:
+    if (place := weight.place) is not None:
+        return place.file.descriptor, place.start, place.order
+    (array,) = weight.arrays.values()
+    return np.ascontiguousarray(array).view(np.uint8).reshape(-1)
 
 
 class _Lowering:
@@ -108,16 +136,10 @@ class _Lowering:
         return buffer
 
     def _matrix(self, name: str) -> int:
-        """Packs a matrix on first use: a tied table is stored once."""
+        """Adds a matrix on first use: a tied table is stored once."""
         if name not in self.matrices:
             weight = self.weights[name]
-            rows, columns = weight.shape
-            stored = weight.format.name
-            (array,) = weight.arrays.values()
-            data = np.ascontiguousarray(array).view(np.uint8)
-            handle = self.program.add_weight(stored, rows, columns)
-            self.program.pack_weight(handle, stored, data.reshape(-1))
-            self.matrices[name] = handle
+            self.matrices[name] = self.program.add_weight(weight.format.name, *weight.shape)
         return self.matrices[name]
 
     def _vector(self, name: str | None) -> int:
