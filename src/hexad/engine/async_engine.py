@@ -247,7 +247,7 @@ class AsyncEngine:
 
     def _deliver(self, requests: Iterable[Request]) -> None:
         """Hands news of the requests over to those who read them."""
-        posts: dict[_Outbox, list[_News]] = {}
+        posts: dict[_Outbox, _News] = {}
         ended = []
         for request in requests:
             slot, finished = self._slots[request.request_id], request.finished
@@ -255,10 +255,11 @@ class AsyncEngine:
                 ended.append(slot)
             elif slot.kind is RequestOutputKind.FINAL_ONLY:
                 continue
-            posts.setdefault(slot.outbox, []).append((slot, slot.output_of(request), finished))
-        with self._lock:
-            for slot in ended:
-                del self._slots[slot.request_id]
+            posts.setdefault(slot.outbox, {})[slot] = slot.output_of(request), finished
+        if ended:
+            with self._lock:
+                for slot in ended:
+                    del self._slots[slot.request_id]
         for outbox, news in posts.items():
             outbox.deliver(news)
 
@@ -271,9 +272,9 @@ class AsyncEngine:
             slots = list(self._slots.values())
             self._slots.clear()
             callback = self._on_broken
-        posts: dict[_Outbox, list[_News]] = {}
+        posts: dict[_Outbox, _News] = {}
         for slot in slots:
-            posts.setdefault(slot.outbox, []).append((slot, self._error(), True))
+            posts.setdefault(slot.outbox, {})[slot] = self._error(), True
         for outbox, news in posts.items():
             outbox.deliver(news)
         while not self._inbox.empty():
@@ -373,17 +374,17 @@ class _Slot:
         return BackendError(error) if error else EngineError(f"Request {self.request_id!r} was cancelled.")
 
     def after(self, first: Output | Exception | None, second: Output | Exception) -> Output | Exception:
-        """The second of two outputs, with what it does not repeat of the first, which was not taken."""
+        """The second of two outputs, with what it does not repeat of the first if that was not taken."""
         if (
-            self.kind is RequestOutputKind.DELTA
-            and isinstance(first, RequestOutput)
+            isinstance(first, RequestOutput)
             and isinstance(second, RequestOutput)
+            and self.kind is RequestOutputKind.DELTA
         ):
             return _joined(first, second)
         return second
 
 
-_News = tuple[_Slot, Output | Exception, bool]
+_News = dict[_Slot, tuple[Output | Exception, bool]]
 """For whom, what, and whether it is the last."""
 
 
@@ -393,18 +394,19 @@ class _Outbox:
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
         self._lock = threading.Lock()
-        self._news: dict[_Slot, tuple[Output | Exception, bool]] = {}
+        self._news: _News = {}
 
-    def deliver(self, news: Iterable[_News]) -> None:
+    def deliver(self, news: _News) -> None:
         """Leaves outputs and sees to it that their readers get them."""
         with self._lock:
             waiting = self._news
-            called = bool(waiting)
-            for slot, output, ended in news:
-                if called and slot in waiting:
-                    output = slot.after(waiting[slot][0], output)
-                waiting[slot] = output, ended
-        if not called:
+            if waiting:
+                for slot, (output, ended) in news.items():
+                    before, _ = waiting.get(slot, (None, False))
+                    waiting[slot] = slot.after(before, output), ended
+            else:
+                self._news = news
+        if not waiting:
             with contextlib.suppress(RuntimeError):  # the loop is closed, at any time: nobody reads any more
                 self.loop.call_soon_threadsafe(self._wake_readers)
 
@@ -412,7 +414,7 @@ class _Outbox:
         with self._lock:
             news, self._news = self._news, {}
         for slot, (output, ended) in news.items():
-            slot.output = output if slot.output is None else slot.after(slot.output, output)
+            slot.output = slot.after(slot.output, output)
             slot.ended = ended
             if slot.waiter is not None and not slot.waiter.done():
                 slot.waiter.set_result(None)
