@@ -88,13 +88,32 @@ hexad::Ragged<int32_t> ragged(In<int32_t, 1> tokens, In<int64_t, 1> starts, size
   return {tokens.data(), starts.data(), static_cast<int64_t>(tokens.shape(0))};
 }
 
-void sample(Program& p, In<uint8_t, 2> rows, In<int32_t, 1> history, In<int64_t, 1> history_starts,
+// An array of structs, which nb::ndarray does not know.
+class Structs {
+ public:
+  Structs(nb::handle array, size_t bytes, const char* otherwise) {
+    if (PyObject_GetBuffer(array.ptr(), &view_, PyBUF_ND)) throw nb::python_error();
+    if (view_.ndim == 1 && view_.itemsize == static_cast<Py_ssize_t>(bytes)) return;
+    PyBuffer_Release(&view_);
+    throw std::invalid_argument(otherwise);
+  }
+  Structs(const Structs&) = delete;
+  Structs& operator=(const Structs&) = delete;
+  ~Structs() { PyBuffer_Release(&view_); }
+  const void* data() const { return view_.buf; }
+  size_t size() const { return static_cast<size_t>(view_.shape[0]); }
+
+ private:
+  Py_buffer view_;
+};
+
+void sample(Program& p, nb::handle structs, In<int32_t, 1> history, In<int64_t, 1> history_starts,
             In<int32_t, 1> bias_ids, In<float, 1> bias_values, In<int64_t, 1> bias_starts,
             In<int32_t, 1> ask_ids, In<int64_t, 1> ask_starts, In<uint32_t, 2> masks, Out<int32_t, 1> tokens,
             Out<float, 1> mirostat_mu, Out<float, 1> logprobs, Out<int32_t, 1> ranks, Out<int32_t, 2> top_ids,
             Out<float, 2> top_logprobs, Out<float, 1> ask_logprobs, Out<int32_t, 1> ask_ranks) {
-  const size_t n = rows.shape(0);
-  require(rows.shape(1) == sizeof(hexad::SampleRow), "a sample row has another size than the native struct");
+  const Structs rows(structs, sizeof(hexad::SampleRow), "a sample row has another size than the native struct");
+  const size_t n = rows.size();
   require(tokens.shape(0) == n && mirostat_mu.shape(0) == n && logprobs.shape(0) == n &&
               ranks.shape(0) == n && top_ids.shape(0) == n && top_logprobs.shape(0) == n,
           "sampling parameters and output differ in length");
@@ -245,7 +264,7 @@ NB_MODULE(_native, m) {
            "block_tables"_a.noconvert(), "sample_rows"_a.noconvert())
       .def("logits", &logits, "out"_a.noconvert())
       .def("hidden", &hidden, "out"_a.noconvert())
-      .def("sample", &sample, "rows"_a.noconvert(), "history"_a.noconvert(), "history_starts"_a.noconvert(),
+      .def("sample", &sample, "rows"_a, "history"_a.noconvert(), "history_starts"_a.noconvert(),
            "bias_ids"_a.noconvert(), "bias_values"_a.noconvert(), "bias_starts"_a.noconvert(),
            "ask_ids"_a.noconvert(), "ask_starts"_a.noconvert(), "masks"_a.noconvert(), "tokens"_a.noconvert(),
            "mirostat_mu"_a.noconvert(), "logprobs"_a.noconvert(), "ranks"_a.noconvert(),

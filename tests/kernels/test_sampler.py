@@ -406,6 +406,21 @@ def test_threads(isa: str) -> None:
 
 
 @pytest.mark.parametrize("isa", ISAS)
+def test_an_output_is_used_again(isa: str) -> None:
+    executable = random_program(523, isa, 2)
+    executable.forward(all_rows(20))
+    batches = [random_batch(np.random.default_rng(seed), 20, 523) for seed in (8, 9)]
+    for batch in batches:
+        batch.rows["num_logprobs"] = 3
+    batches[1] = replace(batches[1], ask_ids=batches[0].ask_ids, ask_starts=batches[0].ask_starts)
+    expected = executable.sample(batches[1])
+    first = executable.sample(batches[0])
+    again = executable.sample(batches[1], first)
+    assert again is first
+    assert_bitwise(again, expected)
+
+
+@pytest.mark.parametrize("isa", ISAS)
 def test_a_row_several_times(isa: str) -> None:
     """A row that several tokens are drawn from has the same logits each time; draws may outnumber rows."""
     executable = random_program(523, isa)

@@ -170,7 +170,7 @@ async def test_a_step_calls_each_event_loop_once(monkeypatch: pytest.MonkeyPatch
 
         calls.clear()
         streams = [engine.submit(f"again {i}", [i + 2], params_of(i, 40)) for i in range(16)]
-        while not all(stream._slot.ended for stream in streams):
+        while len(engine._slots):
             time.sleep(0.001)  # the event loop is busy
         assert calls.count("_wake_readers") == 1
         monkeypatch.undo()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -27,6 +29,7 @@ class Steps:
     def __init__(self) -> None:
         self.sampler = Sampler(Vocabulary(VOCAB, lambda: TOKENIZER))
         self.lengths: dict[int, int] = {}
+        self.prompts: dict[int, int] = {}
 
     def add(
         self,
@@ -41,7 +44,7 @@ class Steps:
         self.sampler.add(
             SequenceSpec(sequence_id, prompt_token_ids=list(prompt), params=params, **given), grammar
         )
-        self.lengths[sequence_id] = len(prompt)
+        self.lengths[sequence_id] = self.prompts[sequence_id] = len(prompt)
         return sequence_id
 
     def wanted(self, *draws: int) -> SampleBatch:
@@ -139,6 +142,36 @@ def test_rows_are_reused_and_grow(steps: Steps) -> None:
     assert len(steps.sampler) == 250
     found = steps.wanted(*many[100:], *more).rows["top_k"].tolist()
     assert found == [*range(101, 201), *range(1000, 1150)]
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_step_owes_nothing_to_the_one_before(seed: int) -> None:
+    """Whoever drew before, comes and goes: what is wanted is what a sampler says that knows only those who
+    draw now."""
+    rng = random.Random(seed)
+    kinds = [SamplingParams(temperature=0.5), SamplingParams(logprobs=2), SamplingParams(logit_bias={3: 1.0})]
+    steps, params = Steps(), dict[int, SamplingParams]()
+    draws: list[int] = []
+    for _ in range(200):
+        if not params or rng.random() < 0.2:
+            given = rng.choices(kinds, [6, 2, 1])[0]
+            params[steps.add(given, prompt=[1] * rng.randint(1, 9))] = given
+        elif rng.random() < 0.15:
+            gone = rng.choice(sorted(params))
+            steps.sampler.drop(gone)
+            del params[gone]
+        if rng.random() < 0.4 or not set(draws) <= params.keys():
+            draws = rng.sample(sorted(params), rng.randint(0, len(params)))
+        fresh = Steps()
+        for i in draws:
+            spec = SequenceSpec(i, 0, 1, [1] * steps.prompts[i], params[i])
+            fresh.sampler.add(spec)
+        fresh.lengths = steps.lengths
+        found, expected = steps.wanted(*draws), fresh.wanted(*draws)
+        for field in fields(SampleBatch):
+            np.testing.assert_array_equal(getattr(found, field.name), getattr(expected, field.name))
+        for i in draws:
+            steps.draw(i, 7)
 
 
 def test_history_grows_by_what_is_drawn(steps: Steps) -> None:

@@ -15,6 +15,7 @@ from tests.fake_engine import assert_as_alone, finish, make_engine, shares
 from hexad.engine.engine import Engine
 from hexad.engine.pace import ATTENTION_MACS, BYTES, LEAST_TOKENS, LONGEST_STEP, MACS, STRETCH
 from hexad.engine.request import Request, Status
+from hexad.engine.scheduler import SETTLING
 from hexad.engine.step import ScheduledStep, StepCost, StepResult
 from hexad.params import PoolingParams, RequestOutputKind, SamplingParams
 
@@ -133,7 +134,8 @@ def test_prompts_do_not_make_streams_stutter(max_step_ms: float | None) -> None:
     cost = engine.executor.step_cost
     for i in range(10):
         add(engine, f"{i}", 9, 999)
-    step(engine)
+    for _ in range(1 + SETTLING):
+        step(engine)
     add(engine, "prompt", 2000, 9)
     chunks = []
     while (taken := step(engine)).get(10, (0, 2))[1] > 1:
@@ -209,6 +211,27 @@ def test_streams_that_nobody_watches_hold_up_no_prompt(unwatched: dict[str, Any]
     assert step(engine) == {0: (9, 1), 1: (0, 200)}
     add(engine, "next", 200, 9)
     assert step(engine)[2] == (0, LEAST_TOKENS)  # beside the one that is watched
+
+
+def test_requests_that_come_together_begin_together() -> None:
+    """A stream that has only just begun holds up no prompt."""
+    engine = make_engine(max_num_batched_tokens=64)
+    for name in "abcd":
+        add(engine, name, 40, 99)
+    step(engine)
+    assert step(engine) == {0: (40, 1), 1: (24, 16), 2: (0, 40), 3: (0, 7)}
+    while engine.requests["a"].num_generated <= SETTLING:
+        step(engine)
+    add(engine, "late", 40, 99)
+    assert 0 < step(engine)[4][1] < 40
+
+
+def test_a_bound_that_was_asked_for_holds_from_the_first_token() -> None:
+    engine = make_engine(max_step_ms=0.001)
+    for name in "ab":
+        add(engine, name, 40, 99)
+        step(engine)
+    assert step(engine)[1] == (LEAST_TOKENS, LEAST_TOKENS)
 
 
 # Room for blocks.

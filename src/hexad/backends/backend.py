@@ -65,9 +65,11 @@ class Executable(Protocol):
     def forward(self, batch: Batch) -> None:
         """Computes all rows, writes their KV, and keeps what the wanted logits need."""
 
-    def sample(self, wanted: SampleBatch) -> SampleOutput:
+    def sample(self, wanted: SampleBatch, output: SampleOutput | None = None) -> SampleOutput:
         """Draws and reports for the sample rows of the last forward, in tiles of rows, so that no more than a
-        few rows of logits exist at a time."""
+        few rows of logits exist at a time.
+
+        output: of an earlier call for as many rows and reports, which may be overwritten and returned."""
 
     def hidden(self) -> NDArray[np.float32]:
         """The last forward's sample rows after the last norm, float32 [n, hidden size]: what logits are made

@@ -113,7 +113,7 @@ class ReferenceExecutable:
         """float32 [n, hidden size]."""
         return self._hidden
 
-    def sample(self, wanted: SampleBatch) -> SampleOutput:
+    def sample(self, wanted: SampleBatch, output: SampleOutput | None = None) -> SampleOutput:
         """See `reference_sampler`. Raises BackendError where `wanted` does not fit."""
         return sample(self._logits, wanted)
 

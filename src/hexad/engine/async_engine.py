@@ -247,7 +247,7 @@ class AsyncEngine:
 
     def _deliver(self, requests: Iterable[Request]) -> None:
         """Hands news of the requests over to those who read them."""
-        posts: dict[_Outbox, list[_News]] = {}
+        posts: dict[_Outbox, _News] = {}
         ended = []
         for request in requests:
             slot, finished = self._slots[request.request_id], request.finished
@@ -255,10 +255,11 @@ class AsyncEngine:
                 ended.append(slot)
             elif slot.kind is RequestOutputKind.FINAL_ONLY:
                 continue
-            posts.setdefault(slot.outbox, []).append((slot, slot.output_of(request), finished))
-        with self._lock:
-            for slot in ended:
-                del self._slots[slot.request_id]
+            posts.setdefault(slot.outbox, {})[slot] = slot.output_of(request), finished
+        if ended:
+            with self._lock:
+                for slot in ended:
+                    del self._slots[slot.request_id]
         for outbox, news in posts.items():
             outbox.deliver(news)
 
@@ -271,9 +272,9 @@ class AsyncEngine:
             slots = list(self._slots.values())
             self._slots.clear()
             callback = self._on_broken
-        posts: dict[_Outbox, list[_News]] = {}
+        posts: dict[_Outbox, _News] = {}
         for slot in slots:
-            posts.setdefault(slot.outbox, []).append((slot, self._error(), True))
+            posts.setdefault(slot.outbox, {})[slot] = self._error(), True
         for outbox, news in posts.items():
             outbox.deliver(news)
         while not self._inbox.empty():
@@ -316,21 +317,18 @@ class Stream:
             raise RuntimeError(
                 f"Somebody else waits for request {slot.request_id!r}: a stream has one reader."
             )
-        while True:
-            with slot.outbox.lock:
-                output, slot.output = slot.output, None
-                ended = slot.ended
-            if isinstance(output, Exception):
-                raise output
-            if output is not None:
-                return output
-            if ended:
+        while slot.output is None:
+            if slot.ended:
                 raise StopAsyncIteration
             slot.waiter = slot.outbox.loop.create_future()
             try:
                 await slot.waiter
             finally:
                 slot.waiter = None
+        output, slot.output = slot.output, None
+        if isinstance(output, Exception):
+            raise output
+        return output
 
     def close(self) -> None:
         """Cancels the request, unless it has ended."""
@@ -346,10 +344,10 @@ class Stream:
 
 
 class _Slot:
-    """Where the thread leaves a request's next output for its stream.
+    """A request between the thread and its stream's reader.
 
-    output: not yet taken; it and `ended`, no more will come, change under the outbox's lock. waiter: what the
-    reader waits for, on its event loop.
+    output: not yet taken. ended: no more will come after it. waiter: what the reader waits for. These three
+    are the event loop's alone.
     """
 
     __slots__ = ("ended", "kind", "outbox", "output", "params", "request_id", "waiter")
@@ -375,19 +373,19 @@ class _Slot:
         error = next((sequence.error for sequence in request.sequences if sequence.error), None)
         return BackendError(error) if error else EngineError(f"Request {self.request_id!r} was cancelled.")
 
-    def put(self, output: Output | Exception, ended: bool) -> None:
-        """Leaves an output; what it does not repeat of one that was not taken stays."""
+    def after(self, first: Output | Exception | None, second: Output | Exception) -> Output | Exception:
+        """The second of two outputs, with what it does not repeat of the first if that was not taken."""
         if (
-            self.kind is RequestOutputKind.DELTA
-            and isinstance(self.output, RequestOutput)
-            and isinstance(output, RequestOutput)
+            isinstance(first, RequestOutput)
+            and isinstance(second, RequestOutput)
+            and self.kind is RequestOutputKind.DELTA
         ):
-            output = _joined(self.output, output)
-        self.output = output
-        self.ended = ended
+            return _joined(first, second)
+        return second
 
 
-_News = tuple[_Slot, Output | Exception, bool]
+_News = dict[_Slot, tuple[Output | Exception, bool]]
+"""For whom, what, and whether it is the last."""
 
 
 class _Outbox:
@@ -395,24 +393,29 @@ class _Outbox:
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
-        self.lock = threading.Lock()
-        self._changed: set[_Slot] = set()
+        self._lock = threading.Lock()
+        self._news: _News = {}
 
-    def deliver(self, news: Iterable[_News]) -> None:
-        """Leaves outputs and sees to it that their readers learn of them."""
-        with self.lock:
-            called = bool(self._changed)
-            for slot, output, ended in news:
-                slot.put(output, ended)
-                self._changed.add(slot)
-        if not called:
+    def deliver(self, news: _News) -> None:
+        """Leaves outputs and sees to it that their readers get them."""
+        with self._lock:
+            waiting = self._news
+            if waiting:
+                for slot, (output, ended) in news.items():
+                    before, _ = waiting.get(slot, (None, False))
+                    waiting[slot] = slot.after(before, output), ended
+            else:
+                self._news = news
+        if not waiting:
             with contextlib.suppress(RuntimeError):  # the loop is closed, at any time: nobody reads any more
                 self.loop.call_soon_threadsafe(self._wake_readers)
 
     def _wake_readers(self) -> None:
-        with self.lock:
-            changed, self._changed = self._changed, set()
-        for slot in changed:
+        with self._lock:
+            news, self._news = self._news, {}
+        for slot, (output, ended) in news.items():
+            slot.output = slot.after(slot.output, output)
+            slot.ended = ended
             if slot.waiter is not None and not slot.waiter.done():
                 slot.waiter.set_result(None)
 

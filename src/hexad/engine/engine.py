@@ -17,7 +17,7 @@ from hexad.engine.detokenizer import Detokenizer, TextStream
 from hexad.engine.metrics import EngineStats, Metric
 from hexad.engine.pace import Pace
 from hexad.engine.request import Request, Sequence, Status
-from hexad.engine.scheduler import Scheduler
+from hexad.engine.scheduler import SETTLING, Scheduler
 from hexad.engine.step import Executor, ScheduledStep, StepResult
 from hexad.errors import HexadError, ParamsError, PromptError
 from hexad.outputs import BeamSearchSequence, FinishReason
@@ -60,6 +60,7 @@ class Engine:
             self._new_sequence,
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
+            settling=SETTLING if config.max_step_ms is None else 0,  # a bound that was asked for always holds
         )
         self._new_stream = new_stream
         self._token_text = token_text

@@ -153,14 +153,14 @@ class Sequence:
         if self.detokenizer is not None:
             text = self.detokenizer.take() if delta else self.detokenizer.text
         return CompletionOutput(
-            index=self.index,
-            text=text,
-            token_ids=self.token_ids[self.num_prompt + start :],
-            cumulative_logprob=None if self.logprobs is None else self.cumulative_logprob,
-            logprobs=None if self.logprobs is None else self.logprobs[start:],
-            finish_reason=self.finish_reason,
-            stop_reason=self.stop_reason,
-            error=self.error,
+            self.index,
+            text,
+            self.token_ids[self.num_prompt + start :],
+            None if self.logprobs is None else self.cumulative_logprob,
+            None if self.logprobs is None else self.logprobs[start:],
+            self.finish_reason,
+            self.stop_reason,
+            self.error,
         )
 
 
@@ -275,18 +275,14 @@ class Request:
         if not delta or self._shown_prompt is None:
             self._shown_prompt = list(self.prompt_token_ids)
         return RequestOutput(
-            request_id=self.request_id,
-            prompt=self.prompt,
-            prompt_token_ids=self._shown_prompt,
-            outputs=[
-                sequence.output(delta)
-                for sequence in self.sequences
-                if not delta or sequence.num_taken < sequence.num_news
-            ],
-            finished=self.finished,
-            prompt_logprobs=None if prompt_logprobs is None else list(prompt_logprobs),
-            metrics=self.metrics.copy(),
-            num_cached_tokens=self.num_cached_tokens,
+            self.request_id,
+            self.prompt,
+            self._shown_prompt,
+            [s.output(delta) for s in self.sequences if not delta or s.num_taken < s.num_news],
+            not self.num_left,
+            None if prompt_logprobs is None else list(prompt_logprobs),
+            self.metrics.copy(),
+            self.num_cached_tokens,
         )
 
 

@@ -18,6 +18,10 @@ from hexad.engine.pace import LEAST_TOKENS, Pace
 from hexad.engine.request import Request, Sequence, Status
 from hexad.engine.step import ScheduledStep, SequenceSpec
 
+SETTLING = 8
+"""Tokens that a stream has had when it is first seen to stutter. Requests that come together so begin
+together, at full speed: else the first would hold up the last, and all would run in smaller steps."""
+
 
 class Scheduler:
     """Running sequences first, then waiting ones, both in the order of their rank.
@@ -28,7 +32,8 @@ class Scheduler:
     sequence holds up those behind it, so that none can starve, and sequences go on in rank order, so that the
     first of them always gets on: whatever fits into an empty pool comes to its end.
 
-    new_sequence: makes the next sequence of a request whose n are not all there yet.
+    new_sequence: makes the next sequence of a request whose n are not all there yet. settling: tokens that a
+    stream must have had for prompts to be held back for it.
     """
 
     def __init__(
@@ -39,6 +44,7 @@ class Scheduler:
         *,
         max_num_seqs: int,
         max_num_batched_tokens: int,
+        settling: int = SETTLING,
     ) -> None:
         # With fewer tokens than sequences, the last of the running ones could be left out step after step.
         assert max_num_batched_tokens >= max_num_seqs
@@ -54,6 +60,7 @@ class Scheduler:
         # A heap; finished ones drop out at the top.
         self._waiting: list[tuple[tuple[int, ...], Sequence]] = []
         self._new_sequence = new_sequence
+        self._settling = settling
         self._new: dict[int, SequenceSpec] = {}  # by sequence id, those that the runner has yet to be told of
         self._forget: list[int] = []
         self._left = 0  # tokens of the step's budget
@@ -168,7 +175,9 @@ class Scheduler:
         step.counts = [1] * len(scheduled)
         self._left = self.max_num_batched_tokens - len(scheduled)
         num_prompts = len(prompts) + len(self._waiting)
-        watched = num_prompts > 0 and any(s.request.watched for s in scheduled)
+        watched = num_prompts > 0 and any(
+            s.request.watched and s.num_generated > self._settling for s in scheduled
+        )
         self._seconds = self.pace.begin(len(scheduled), positions, prompts=num_prompts, watched=watched)
         # What holds up one prompt holds up those behind it.
         if (

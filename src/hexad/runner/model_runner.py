@@ -78,6 +78,8 @@ class ModelRunner:
         self._compiler = GrammarCompiler(tokenizer, self.graph.vocab_size)
         self._masks = MaskPool()
         self._sampler = Sampler(self.vocabulary)
+        self._wanted: SampleBatch | None = None
+        self._output: SampleOutput | None = None
         self._closed = False
         self._executable: Executable | None = self._compile(packing)
 
@@ -128,7 +130,9 @@ class ModelRunner:
             result = StepResult([[] for _ in step.draws])
             sampler.accept(rows, [-1] * len(pooled), np.empty(0, np.float32))
         else:
-            output = executable.sample(wanted)
+            # The same object is the same sequences once more, whose output has the same form.
+            output = executable.sample(wanted, self._output if wanted is self._wanted else None)
+            self._wanted, self._output = wanted, output
             tokens = output.tokens.tolist()
             sampler.accept(rows, tokens, output.mirostat_mu)
             result = self._drawn(step, rows, tokens)
@@ -193,8 +197,11 @@ class ModelRunner:
             reported = set(rows.reported)
             drawing = [row for row in range(len(tokens)) if row not in reported]
             drawn, ids, positions = ([given[row] for row in drawing] for given in (tokens, ids, positions))
-        rest = iter(drawn)
-        result = StepResult([list(islice(rest, len(draws))) for draws in step.draws])
+        if ids == step.sequence_ids:  # nearly always, each draws one for itself
+            result = StepResult([[token_id] for token_id in drawn])
+        else:
+            rest = iter(drawn)
+            result = StepResult([list(islice(rest, len(draws))) for draws in step.draws])
         if -1 in drawn:
             for sequence_id, position, token_id in zip(ids, positions, drawn, strict=True):
                 if token_id < 0:

@@ -62,7 +62,8 @@ class Sampler:
         self._row_of: dict[int, int] = {}
         self._table = np.zeros(64, ROW_DTYPE)
         self._free = list(range(len(self._table)))
-        self._zeros = np.zeros(len(self._table) + 1, np.int64)
+        self._plain_ids: list[int] | None = None
+        self._plain: SampleBatch
         self._no_masks = np.empty((0, vocabulary.num_words), np.uint32)
 
     def __len__(self) -> int:
@@ -79,6 +80,7 @@ class Sampler:
             self._table = np.concatenate([self._table, np.zeros_like(self._table)])
         row = self._row_of[sequence_id] = self._free.pop()
         self._table[row] = _make_row(spec, self.vocabulary)
+        self._plain_ids = None
         if self._table["num_logprobs"][row] >= 0:
             self.asking.add(sequence_id)
         if not state.is_plain:
@@ -139,15 +141,15 @@ class Sampler:
     def make(
         self, rows: SampleRows, grammars: Iterable[int] = (), grammar_masks: Mask | None = None
     ) -> SampleBatch:
-        """What is wanted of the sample rows.
+        """What is wanted of the sample rows; good until the next call.
 
         grammars: ids of the sequences of `grammars(rows)`. grammar_masks: what each of these allows, uint32
         [n, ⌈vocab / 32⌉]; it becomes part of the batch.
         """
-        table = self._table[[self._row_of[sequence_id] for sequence_id in rows.sequence_ids]]
-        table["position"] = rows.positions
         if not self.states:
-            return self._plain_batch(table)
+            return self._plain_batch(rows)
+        table = self._rows_of(rows)
+        table["position"] = rows.positions
         history, asks, bias_ids, bias_values = (_Ragged() for _ in range(4))
         masks = _Masks(self.vocabulary.num_words, grammar_masks)
         grammar_row = {sequence_id: row for row, sequence_id in enumerate(grammars)}
@@ -186,12 +188,21 @@ class Sampler:
             masks=masks.array(),
         )
 
-    def _plain_batch(self, table: NDArray[np.void]) -> SampleBatch:
-        """For rows that say it all."""
-        if len(self._zeros) <= len(table):
-            self._zeros = np.zeros(2 * len(table) + 1, np.int64)
-        starts, tokens = self._zeros[: len(table) + 1], _NO_TOKENS
-        return SampleBatch(table, tokens, starts, tokens, _NO_VALUES, starts, tokens, starts, self._no_masks)
+    def _plain_batch(self, rows: SampleRows) -> SampleBatch:
+        """For rows that say it all: as in the step before, but for the positions, if the same sequences
+        draw."""
+        if rows.sequence_ids != self._plain_ids:
+            table, tokens = self._rows_of(rows), _NO_TOKENS
+            starts = np.zeros(len(table) + 1, np.int64)
+            self._plain = SampleBatch(
+                table, tokens, starts, tokens, _NO_VALUES, starts, tokens, starts, self._no_masks
+            )
+            self._plain_ids = rows.sequence_ids
+        self._plain.rows["position"] = rows.positions
+        return self._plain
+
+    def _rows_of(self, rows: SampleRows) -> NDArray[np.void]:
+        return self._table[[self._row_of[sequence_id] for sequence_id in rows.sequence_ids]]
 
     def accept(self, rows: SampleRows, tokens: list[int], mirostat_mu: NDArray[np.float32]) -> None:
         """Takes note of what the rows came to: that they have been reported on, and the tokens drawn.

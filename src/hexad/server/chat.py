@@ -280,7 +280,7 @@ class ChatGeneration:
     async def __anext__(self) -> tuple[RequestOutput, list[tuple[CompletionOutput, Delta]]]:
         """(output, [(what is new of a continuation, the same text as its parts), …]). Raises ApiError."""
         _, output = await anext(self.generation)
-        return output, [(completion, self._delta(completion)) for completion in output.outputs]
+        return output, [(completion, self.delta(completion)) for completion in output.outputs]
 
     async def collect(self) -> tuple[RequestOutput, list[ChatMessage]]:
         """The output and each continuation as a message. Raises ApiError."""
@@ -288,7 +288,7 @@ class ChatGeneration:
         messages = []
         for completion in output.outputs:
             message = ChatMessage()
-            message.add(self._delta(completion))
+            message.add(self.delta(completion))
             messages.append(message)
         return output, messages
 
@@ -296,7 +296,8 @@ class ChatGeneration:
         """Cancels what has not ended."""
         self.generation.close()
 
-    def _delta(self, completion: CompletionOutput) -> Delta:
+    def delta(self, completion: CompletionOutput) -> Delta:
+        """What is new of a continuation, told apart. Each output's is to be asked for once, in order."""
         if self._parsers is None:
             return Delta(content=completion.text)
         parser = self._parsers[completion.index]

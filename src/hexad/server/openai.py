@@ -93,7 +93,7 @@ async def completions(request: Request, body: CompletionRequest) -> Response:
         if body.use_beam_search and generate
         else None,
     )
-    reply = _Reply("cmpl-", "text_completion", name, body)
+    reply = _Reply("cmpl-", "text_completion", name, body, generation)
     if body.stream:
         return EventStream(_completion_events(generation, reply, service, body, params.n))
     outputs = await unless_gone(request, generation.collect())
@@ -126,7 +126,6 @@ async def completions(request: Request, body: CompletionRequest) -> Response:
 async def _completion_events(
     generation: Generation, reply: _Reply, service: Service, body: CompletionRequest, n: int
 ) -> AsyncIterator[bytes]:
-    usage = _UsageCount(generation)
     offsets: dict[int, CompletionLogprobs] = {}
     begun: set[int] = set()
     with contextlib.closing(generation):
@@ -140,23 +139,21 @@ async def _completion_events(
                         begun.add(index)
                         if body.echo:
                             text = _text_of(service, generation.prompts[i]) + text
-                    usage.add(output, completion)
                     reason = _reason(completion)
                     logprobs = None
                     if completion.logprobs is not None:
                         log = offsets.setdefault(index, CompletionLogprobs(service, reply.as_ids))
                         logprobs = log.add(completion.token_ids, completion.logprobs).take()
-                    more = _token_ids(body, generation.prompts[i] if first else None, completion.token_ids)
-                    if not (text or reason or logprobs or more):
-                        continue
-                    yield reply.event(
-                        f'"index":{index},"text":{quoted(text)},"logprobs":{_json(logprobs)},'
-                        f'"finish_reason":{_json(reason)},"stop_reason":{_json(completion.stop_reason)}',
-                        more,
-                        usage if reply.continuous_usage else None,
-                    )
+                    more = None
+                    if body.return_token_ids:
+                        prompt = generation.prompts[i] if first else None
+                        more = _token_ids(body, prompt, completion.token_ids)
+                    if text or reason or logprobs or more:
+                        yield reply.event(
+                            index, f'"text":{quoted(text)}', logprobs, reason, completion.stop_reason, more
+                        )
             if reply.include_usage:
-                yield reply.last(usage)
+                yield reply.last()
         except ApiError as error:
             yield error_event(error)
         yield b"data: [DONE]\n\n"
@@ -204,7 +201,7 @@ async def chat_completions(request: Request, body: ChatCompletionRequest) -> Res
         priority=body.priority,
     )
     generation = await chat.start(conversation, stream=bool(body.stream))
-    reply = _Reply("chatcmpl-", "chat.completion", name, body)
+    reply = _Reply("chatcmpl-", "chat.completion", name, body, generation.generation)
     if body.stream:
         return EventStream(_chat_events(generation, reply, body, params.n))
     output, messages = await unless_gone(request, generation.collect())
@@ -229,33 +226,26 @@ async def chat_completions(request: Request, body: ChatCompletionRequest) -> Res
 async def _chat_events(
     generation: ChatGeneration, reply: _Reply, body: ChatCompletionRequest, n: int
 ) -> AsyncIterator[bytes]:
-    usage = _UsageCount(generation.generation)
     service = generation.service
     with contextlib.closing(generation):
         try:
             for index in range(n):
-                delta = {"role": "assistant", "content": _echoed(body)}
-                first = {"prompt_token_ids": generation.prompt.token_ids} if body.return_token_ids else {}
-                yield reply.event(
-                    f'"index":{index},"delta":{_json(delta)},"logprobs":null,"finish_reason":null', first
-                )
-            async for output, pieces in generation:
-                for completion, delta_ in pieces:
-                    usage.add(output, completion)
+                role = {"role": "assistant", "content": _echoed(body)}
+                first = {"prompt_token_ids": generation.prompt.token_ids} if body.return_token_ids else None
+                yield reply.event(index, f'"delta":{_json(role)}', more=first)
+            async for _, output in generation.generation:
+                for completion in output.outputs:
+                    delta = generation.delta(completion)
                     reason = generation.finish_reason(completion)
-                    logprobs = "null"
-                    if body.logprobs:
-                        logprobs = _json(chat_logprobs(service, completion, reply.as_ids))
-                    elif not (delta_ or reason or body.return_token_ids):
-                        continue
-                    yield reply.event(
-                        f'"index":{completion.index},"delta":{_delta_json(delta_)},"logprobs":{logprobs},'
-                        f'"finish_reason":{_json(reason)},"stop_reason":{_json(completion.stop_reason)}',
-                        _token_ids(body, None, completion.token_ids),
-                        usage if reply.continuous_usage else None,
-                    )
+                    logprobs = chat_logprobs(service, completion, reply.as_ids) if body.logprobs else None
+                    more = _token_ids(body, None, completion.token_ids) if body.return_token_ids else None
+                    if delta or reason or body.logprobs or more:
+                        yield reply.event(
+                            completion.index, f'"delta":{_delta_json(delta)}', logprobs, reason,
+                            completion.stop_reason, more,
+                        )  # fmt: skip
             if reply.include_usage:
-                yield reply.last(usage)
+                yield reply.last()
         except ApiError as error:
             yield error_event(error)
         yield b"data: [DONE]\n\n"
@@ -406,24 +396,6 @@ def _token_ids(body: GenerationBody, prompt: TokenPrompt | None, ids: Sequence[i
     return {**first, "token_ids": list(ids)}
 
 
-class _UsageCount:
-    """Counts tokens as they stream."""
-
-    def __init__(self, generation: Generation) -> None:
-        self._generation = generation
-        self._generated = 0
-        self._cached: dict[str, int] = {}
-
-    def add(self, output: RequestOutput, completion: CompletionOutput) -> None:
-        """Takes what is new of a continuation."""
-        self._generated += len(completion.token_ids)
-        self._cached[output.request_id] = output.num_cached_tokens
-
-    def value(self) -> dict[str, Any]:
-        """As OpenAI writes it."""
-        return usage(self._generation.num_prompt_tokens, self._generated, sum(self._cached.values()))
-
-
 def usage(prompt: int, generated: int, cached: int) -> dict[str, Any]:
     """Numbers of tokens as OpenAI writes them."""
     return {
@@ -443,9 +415,12 @@ def _usage(outputs: Sequence[RequestOutput]) -> dict[str, Any]:
 
 
 class _Reply:
-    """What all chunks of an answer begin with."""
+    """Writes the answers of one generation, whole or in chunks."""
 
-    def __init__(self, prefix: str, kind: str, model: str, body: GenerationBody) -> None:
+    def __init__(
+        self, prefix: str, kind: str, model: str, body: GenerationBody, generation: Generation
+    ) -> None:
+        self._generation = generation
         self._head = {
             "id": f"{prefix}{body.request_id or secrets.token_hex(16)}",
             "object": kind,
@@ -454,7 +429,7 @@ class _Reply:
         }
         options = body.stream_options
         self.include_usage = options is not None and options.include_usage
-        self.continuous_usage = options is not None and options.continuous_usage_stats
+        self._continuous_usage = options is not None and options.continuous_usage_stats
         self.as_ids = body.return_tokens_as_token_ids
         chunk = {**self._head, "object": f"{kind}.chunk" if kind == "chat.completion" else kind}
         self._begin = f'data: {_json(chunk)[:-1]},"choices":['
@@ -464,13 +439,36 @@ class _Reply:
         """An answer that is not streamed."""
         return {**self._head, "choices": choices, "usage": usage}
 
-    def event(self, choice: str, more: Mapping[str, Any] = {}, usage: _UsageCount | None = None) -> bytes:
-        """A chunk with one choice, given as the inside of its JSON object."""
+    def event(
+        self,
+        index: int,
+        new: str,
+        logprobs: Mapping[str, Any] | None = None,
+        reason: str | None = None,
+        stop_reason: int | str | None = None,
+        more: Mapping[str, Any] | None = None,
+    ) -> bytes:
+        """A chunk with one choice. new: the field of its JSON object that says what is new."""
+        fields = _NOTHING_ELSE
+        if logprobs or reason:
+            fields = (
+                f'"logprobs":{_json(logprobs)},"finish_reason":{_json(reason)},'
+                f'"stop_reason":{_json(stop_reason)}'
+            )
         if more:
-            choice = f"{choice},{_json(more)[1:-1]}"
-        end = self._end if usage is None else f'],"usage":{_json(usage.value())}}}\n\n'
-        return f"{self._begin}{{{choice}}}{end}".encode()
+            fields = f"{fields},{_json(more)[1:-1]}"
+        end = self._usage() if self._continuous_usage else self._end
+        return f'{self._begin}{{"index":{index},{new},{fields}}}{end}'.encode()
 
-    def last(self, usage: _UsageCount) -> bytes:
+    def last(self) -> bytes:
         """The chunk with the usage."""
-        return f'{self._begin}],"usage":{_json(usage.value())}}}\n\n'.encode()
+        return f"{self._begin}{self._usage()}".encode()
+
+    def _usage(self) -> str:
+        generation = self._generation
+        value = usage(generation.num_prompt_tokens, generation.num_generated, generation.num_cached_tokens)
+        return f'],"usage":{_json(value)}}}\n\n'
+
+
+_NOTHING_ELSE = '"logprobs":null,"finish_reason":null,"stop_reason":null'
+"""The other fields of a choice that goes on: of nearly all."""

@@ -8,9 +8,9 @@ import itertools
 import math
 import time
 import weakref
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 from hexad.async_llm import AsyncLLM
 from hexad.engine.async_engine import Output, Params, Stream
@@ -202,6 +202,8 @@ class Generation:
     """What comes of the prompts of one HTTP request. Read it once, by `async for` or `collect`; `close` it.
 
     It ends all that still runs when it is closed, dropped, or older than the server's request_timeout.
+
+    num_generated: tokens, so far.
     """
 
     def __init__(self, service: Service) -> None:
@@ -211,7 +213,8 @@ class Generation:
         self._reserved = 0
         self._begin = time.monotonic()
         self._first: float | None = None
-        self._num_generated = 0
+        self.num_generated = 0
+        self._cached: dict[int, int] = {}
         self._reasons: list[str] = []
         self._facts = facts.get()
         self._expired = False
@@ -225,6 +228,11 @@ class Generation:
     def num_prompt_tokens(self) -> int:
         """Of all prompts."""
         return sum(len(prompt.token_ids) for prompt in self.prompts)
+
+    @property
+    def num_cached_tokens(self) -> int:
+        """Those of the prompts so far whose KV came from the prefix cache."""
+        return sum(self._cached.values())
 
     def reserve(self, count: int) -> None:
         """Takes so many more places. Raises ApiError 400 where they are more than max_n, and what
@@ -252,7 +260,7 @@ class Generation:
             self._facts |= {
                 "model": self._service.names[0],
                 "prompt_tokens": self.num_prompt_tokens,
-                "completion_tokens": self._num_generated,
+                "completion_tokens": self.num_generated,
                 "finish_reasons": self._reasons,
             }
             if self._first is not None:
@@ -269,11 +277,9 @@ class Generation:
     def __aiter__(self) -> Generation:
         return self
 
-    async def __anext__(self) -> tuple[int, RequestOutput]:
+    def __anext__(self) -> Coroutine[Any, Any, tuple[int, RequestOutput]]:
         """(prompt's index, what is new of it). Raises ApiError if something fails on the way."""
-        index, output = await self._next()
-        assert isinstance(output, RequestOutput)
-        return index, output
+        return cast("Coroutine[Any, Any, tuple[int, RequestOutput]]", self._next())
 
     async def collect(self) -> list[Any]:
         """The last output of each prompt: RequestOutput, which beams become, too, best first; or
@@ -315,8 +321,9 @@ class Generation:
         if isinstance(output, BeamSearchOutput):
             output = _beams(self.streams[index].request_id, self.prompts[index], output)
         if isinstance(output, RequestOutput):
+            self._cached[index] = output.num_cached_tokens
             for completion in output.outputs:
-                self._num_generated += len(completion.token_ids)
+                self.num_generated += len(completion.token_ids)
                 if completion.finish_reason is not None:
                     self._reasons.append(completion.finish_reason)
                     if completion.finish_reason in ("error", "abort"):

@@ -140,24 +140,24 @@ class CpuExecutable:
         _checked(lambda: self.program.logits(out))
         return out
 
-    def sample(self, wanted: SampleBatch) -> SampleOutput:
+    def sample(self, wanted: SampleBatch, output: SampleOutput | None = None) -> SampleOutput:
         """See `Executable`. Raises BackendError where `wanted` contradicts itself or the last forward."""
         rows = wanted.rows
-        n, width = len(rows), int(rows["num_logprobs"].max(initial=0))
-        output = SampleOutput(
-            tokens=np.empty(n, np.int32),
-            mirostat_mu=np.empty(n, np.float32),
-            logprobs=np.empty(n, np.float32),
-            ranks=np.empty(n, np.int32),
-            top_ids=np.empty((n, width), np.int32),
-            top_logprobs=np.empty((n, width), np.float32),
-            ask_logprobs=np.empty(len(wanted.ask_ids), np.float32),
-            ask_ranks=np.empty(len(wanted.ask_ids), np.int32),
-        )
+        if output is None:
+            n, width = len(rows), int(rows["num_logprobs"].max(initial=0))
+            output = SampleOutput(
+                tokens=np.empty(n, np.int32),
+                mirostat_mu=np.empty(n, np.float32),
+                logprobs=np.empty(n, np.float32),
+                ranks=np.empty(n, np.int32),
+                top_ids=np.empty((n, width), np.int32),
+                top_logprobs=np.empty((n, width), np.float32),
+                ask_logprobs=np.empty(len(wanted.ask_ids), np.float32),
+                ask_ranks=np.empty(len(wanted.ask_ids), np.int32),
+            )
         _checked(
             lambda: self.program.sample(
-                rows.view(np.uint8).reshape(n, rows.itemsize),
-                wanted.history, wanted.history_starts,
+                rows, wanted.history, wanted.history_starts,
                 wanted.bias_ids, wanted.bias_values, wanted.bias_starts,
                 wanted.ask_ids, wanted.ask_starts, wanted.masks,
                 output.tokens, output.mirostat_mu, output.logprobs, output.ranks,
