@@ -48,6 +48,7 @@ struct AttentionArgs {
   // for what comes of it, which `merge_segments` then makes the output of. Null: all are computed and merged.
   int64_t segment;
   float* segments;
+  const AttentionArgs* next;  // what is likely to come after it, whose first K and V it asks for; or null
 };
 
 struct StoreKvArgs {

@@ -212,6 +212,8 @@ constexpr int kByteZero = 128;
 // Register tiles of float products: batch rows, and halves of a panel for so many of them.
 constexpr int kTileSlots = 6;
 constexpr int tile_halves(int) { return 2; }
+// Vectors of a wider product.
+constexpr int tile_vectors(int slots) { return tile_halves(slots); }
 
 }  // namespace
 }  // namespace hexad::HEXAD_NAMESPACE
