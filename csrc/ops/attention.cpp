@@ -192,9 +192,13 @@ void attention(const AttentionArgs& a) {
   float* scores = q + rows * padded;
   float* o = scores + rows * 32;
   float* o_total = o + rows * padded;
-  RowState* state = reinterpret_cast<RowState*>(o_total + rows * padded);
-  RowState* total = state + rows;
-  float* k_floats = reinterpret_cast<float*>(total + (rows + 3) / 4 * 4);  // whole cache lines
+  const int64_t lanes = (rows + 15) / 16 * 16;
+  float* largest = o_total + rows * padded;  // the running softmax, as in RowState
+  float* weight = largest + lanes;
+  float* block_largest = weight + lanes;
+  float* keep = block_largest + lanes;
+  RowState* total = reinterpret_cast<RowState*>(keep + lanes);
+  float* k_floats = keep + 3 * lanes;
   float* v_floats = k_floats + 32 * padded;
 
   for (int64_t r = 0; r < rows; ++r) {
@@ -217,7 +221,8 @@ void attention(const AttentionArgs& a) {
     if (block == first_block || begin == segment_begin) {
       const Rows fresh = sight.rows_that_see(segment_begin, kSegment);
       for (int64_t r = fresh.first; r < fresh.end; ++r) {
-        state[r] = {kMinusInfinity, 0};
+        largest[r] = kMinusInfinity;
+        weight[r] = 0;
         for (int64_t i = 0; i < padded; i += 16) store(o + r * padded + i, splat(0));
       }
     }
@@ -252,6 +257,7 @@ void attention(const AttentionArgs& a) {
     else
       product<T>(seen, {queries, padded, k, 32, a.head_dim, 32, false, s, 32, k_ahead, unit});
 
+    // The softmax goes over all rows step by step, so that no row waits for another's.
     for (int64_t r = seeing.first; r < seeing.end; ++r) {
       float* row = scores + r * 32;
       F32 first = load(row), second = load(row + 16);
@@ -261,7 +267,7 @@ void attention(const AttentionArgs& a) {
         second = mul(second, load(scales + 16));
       }
       const F32 hidden = splat(kMinusInfinity);
-      const int64_t visible = a.position + r / a.group + 1 - begin, skipped = sight.first_key(r) - begin;
+      const int64_t visible = sight.position(r) + 1 - begin, skipped = sight.first_key(r) - begin;
       if (visible < kBlockTokens) {
         first = select(first_lanes(visible), first, hidden);
         second = select(first_lanes(visible > 16 ? visible - 16 : 0), second, hidden);
@@ -270,18 +276,24 @@ void attention(const AttentionArgs& a) {
         first = select(first_lanes(skipped), hidden, first);
         second = select(first_lanes(skipped > 16 ? skipped - 16 : 0), hidden, second);
       }
-      const float block_largest = max_of(max(first, second));
-      const float largest = block_largest > state[r].largest ? block_largest : state[r].largest;
-      first = exp(sub(first, splat(largest)));
-      second = exp(sub(second, splat(largest)));
-      // Where the largest score stays, c is exactly 1; on the first block there is nothing to rescale yet.
-      float kept = state[r].weight;
-      if (largest > state[r].largest && kept > 0) {
-        const float keep = exp_of(state[r].largest - largest);
-        kept *= keep;
-        scale_row(o + r * padded, keep, padded);
-      }
-      state[r] = {largest, kept + sum(add(first, second))};
+      block_largest[r] = max_of(max(first, second));
+      store(row, first);
+      store(row + 16, second);
+    }
+    // c is exactly 1 where the largest score stays.
+    for (int64_t r = seeing.first; r < seeing.end; r += 16) {
+      const Mask rest = first_lanes(seeing.end - r);
+      const F32 before = load(largest + r, rest), now = max(load(block_largest + r, rest), before);
+      const F32 c = exp(sub(before, now));
+      store(largest + r, now, rest);
+      store(weight + r, mul(load(weight + r, rest), c), rest);
+      store(keep + r, c, rest);
+    }
+    for (int64_t r = seeing.first; r < seeing.end; ++r) {
+      float* row = scores + r * 32;
+      F32 first = exp(sub(load(row), splat(largest[r])));
+      F32 second = exp(sub(load(row + 16), splat(largest[r])));
+      weight[r] += sum(add(first, second));
       if constexpr (kScaled) {
         const float* scales = reinterpret_cast<const float*>(v + kBlockTokens * padded);
         first = mul(first, load(scales));
@@ -289,6 +301,7 @@ void attention(const AttentionArgs& a) {
       }
       store(row, first);
       store(row + 16, second);
+      if (keep[r] < 1) scale_row(o + r * padded, keep[r], padded);
     }
 
     float* o_seeing = o + seeing.first * padded;
@@ -303,12 +316,12 @@ void attention(const AttentionArgs& a) {
       if (a.segments != nullptr) {
         float* to = a.segments + (a.segment * rows + r) * segment_floats(a.head_dim);
         for (int64_t i = 0; i < padded; i += 16) store(to + i, load(o + r * padded + i));
-        to[padded] = state[r].largest;
-        to[padded + 1] = state[r].weight;
+        to[padded] = largest[r];
+        to[padded + 1] = weight[r];
       } else if (sight.first_key(r) < segment_begin) {
-        merge(total[r], o_total + r * padded, state[r], o + r * padded, padded);
+        merge(total[r], o_total + r * padded, {largest[r], weight[r]}, o + r * padded, padded);
       } else {  // the first segment the row sees
-        total[r] = state[r];
+        total[r] = {largest[r], weight[r]};
         for (int64_t i = 0; i < padded; i += 16) store(o_total + r * padded + i, load(o + r * padded + i));
       }
     }
