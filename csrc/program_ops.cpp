@@ -294,10 +294,19 @@ void AttentionOp::run(Program& p, int member, int64_t begin, int64_t rows) {
                       head * tile.segments * tile.tokens * group * segment_floats(head_dim);
     return args;
   };
-  p.team_.loop(member, static_cast<int64_t>(cut.tasks.size()) * kv_heads, [&](int64_t i) {
+  const auto task_of = [&](int64_t i) {
     const Program::QueryTask& task = cut.tasks[at(i / kv_heads)];
     AttentionArgs args = args_of(cut.tiles[at(task.tile)], i % kv_heads);
     args.segment = task.segment;
+    return args;
+  };
+  const int64_t tasks = static_cast<int64_t>(cut.tasks.size()) * kv_heads;
+  p.team_.loop(member, tasks, [&](int64_t i) {
+    AttentionArgs args = task_of(i), next{};
+    if (i + 1 < tasks) {
+      next = task_of(i + 1);
+      args.next = &next;
+    }
     p.kernels_.attention[dtype](args);
   });
   if (cut.split.empty()) return;

@@ -19,7 +19,9 @@ constexpr KvDtype kDtype<uint16_t> = KvDtype::kF16;
 template <>
 constexpr KvDtype kDtype<int8_t> = KvDtype::kQ8;
 
-// c[r][0..31] ← (resume ? c : 0) + Σ_i a[r][i] · b[i][0..31], i ascending: both products of attention.
+// c[r][0 … columns) ← (resume ? c : 0) + Σ_i a[r][i] · b[i][0 … columns), i ascending: both products of attention.
+// Meanwhile `ahead` is asked for, `ahead_bytes` from there on: blocks lie far apart, so the hardware does not see
+// the next one coming, and all at once it would have to wait.
 template <class T>
 struct Product {
   const float* a;
@@ -27,22 +29,28 @@ struct Product {
   const T* b;
   int64_t b_stride;
   int64_t n;
+  int64_t columns;  // a multiple of 32
   bool resume;
   float* c;
   int64_t c_stride;
+  const char* ahead;
+  int64_t ahead_bytes;
 };
 
-// R rows × H halves of b, the first of them `half`. A function of its own, so that its loop has all registers.
+// R rows × H vectors of b, the first of them `column`. A function of its own, so that its loop has all registers.
 template <int R, int H, class T>
-__attribute__((noinline)) void product_block(const Product<T>& p, int half) {
+__attribute__((noinline)) void product_block(const Product<T>& p, int64_t column, const char* ahead, int64_t step) {
+  // What a step reads, at least a line: with few rows no step has another tile's to share what is ahead.
+  constexpr int kLines = (16 * H * static_cast<int>(sizeof(T)) + 63) / 64;
   const float* a = p.a;
-  const T* b = p.b + 16 * half;
-  float* c = p.c + 16 * half;
+  const T* b = p.b + column;
+  float* c = p.c + column;
   F32 sums[R][H];
   HEXAD_UNROLL
   for (int r = 0; r < R; ++r)
     for (int h = 0; h < H; ++h) sums[r][h] = p.resume ? load(c + r * p.c_stride + 16 * h) : splat(0);
-  for (int64_t i = 0; i < p.n; ++i, b += p.b_stride) {
+  for (int64_t i = 0; i < p.n; ++i, b += p.b_stride, ahead += step) {
+    for (int line = 0; line < kLines; ++line) __builtin_prefetch(ahead + 64 * line);
     F32 numbers[H];
     for (int h = 0; h < H; ++h) numbers[h] = load_kv(b + 16 * h);
     HEXAD_UNROLL
@@ -56,14 +64,28 @@ __attribute__((noinline)) void product_block(const Product<T>& p, int half) {
     for (int h = 0; h < H; ++h) store(c + r * p.c_stride + 16 * h, sums[r][h]);
 }
 
-// As many rows as there are, at most R at a time.
+// All rows in register tiles of `width`, at most R; each of their steps asks for `step` bytes of what is ahead.
 template <int R, class T>
-void product_rows(int64_t rows, Product<T> p) {
-  constexpr int kHalves = tile_halves(R);
-  for (; rows >= R; rows -= R, p.a += R * p.a_stride, p.c += R * p.c_stride)
-    for (int half = 0; half < 2; half += kHalves) product_block<R, kHalves>(p, half);
+void product_rows(int64_t rows, int64_t width, Product<T> p, int64_t step) {
+  constexpr int kNarrow = tile_halves(R), kWide = tile_vectors(R);
+  for (; rows >= R && width >= R; rows -= R, p.a += R * p.a_stride, p.c += R * p.c_stride) {
+    int64_t column = 0;
+    for (; column + 16 * kWide <= p.columns; column += 16 * kWide, p.ahead += p.n * step)
+      product_block<R, kWide>(p, column, p.ahead, step);
+    for (; column < p.columns; column += 16 * kNarrow, p.ahead += p.n * step)
+      product_block<R, kNarrow>(p, column, p.ahead, step);
+  }
   if constexpr (R > 1)
-    if (rows > 0) product_rows<R - 1>(rows, p);
+    if (rows > 0) product_rows<R - 1>(rows, width, p, step);
+}
+
+// Its register tiles are about equal: 7 rows are 4 + 3, not 6 + 1.
+template <class T>
+void product(int64_t rows, const Product<T>& p) {
+  const int64_t tiles = (rows + kTileSlots - 1) / kTileSlots, width = (rows + tiles - 1) / tiles,
+                columns = 16 * tile_vectors(static_cast<int>(width)),
+                steps = tiles * ((p.columns + columns - 1) / columns) * p.n;
+  product_rows<kTileSlots>(rows, width, p, p.ahead_bytes / steps);
 }
 
 void scale_row(float* x, float factor, int64_t n) {
@@ -119,6 +141,16 @@ struct Sight {
 
 constexpr int64_t kSegment = int64_t{kSegmentBlocks} * kBlockTokens;
 
+// The first block to compute.
+int64_t first_block_of(const AttentionArgs& a) {
+  const int64_t seen = Sight{a}.first_key(0) / kBlockTokens, begin = a.segment * kSegmentBlocks;
+  return a.segments != nullptr && begin > seen ? begin : seen;
+}
+
+const char* block_of(const AttentionArgs& a, int64_t block) {
+  return a.cache + a.blocks[block] * a.block_stride;
+}
+
 // Writes a row's output.
 void finish_row(const AttentionArgs& a, int64_t r, const RowState& total, const float* o_total) {
   float* to = a.out + r / a.group * a.out_stride + r % a.group * a.head_dim;
@@ -160,9 +192,13 @@ void attention(const AttentionArgs& a) {
   float* scores = q + rows * padded;
   float* o = scores + rows * 32;
   float* o_total = o + rows * padded;
-  RowState* state = reinterpret_cast<RowState*>(o_total + rows * padded);
-  RowState* total = state + rows;
-  float* k_floats = reinterpret_cast<float*>(total + rows);
+  const int64_t lanes = (rows + 15) / 16 * 16;
+  float* largest = o_total + rows * padded;  // the running softmax, as in RowState
+  float* weight = largest + lanes;
+  float* block_largest = weight + lanes;
+  float* keep = block_largest + lanes;
+  RowState* total = reinterpret_cast<RowState*>(keep + lanes);
+  float* k_floats = keep + 3 * lanes;
   float* v_floats = k_floats + 32 * padded;
 
   for (int64_t r = 0; r < rows; ++r) {
@@ -172,37 +208,39 @@ void attention(const AttentionArgs& a) {
 
   using Rows = Sight::Rows;
   const Sight sight{a};
-  const auto in_block = [&](int64_t block, int64_t offset) {
-    return reinterpret_cast<const T*>(a.cache + a.blocks[block] * a.block_stride + offset);
-  };
-
   const int64_t last = a.position + a.tokens - 1;
-  int64_t first_block = sight.first_key(0) / kBlockTokens, blocks = last / kBlockTokens + 1;
-  if (a.segments != nullptr) {
-    const int64_t begin = a.segment * kSegmentBlocks, end = begin + kSegmentBlocks;
-    first_block = begin > first_block ? begin : first_block;
-    blocks = end < blocks ? end : blocks;
-  }
+  const int64_t first_block = first_block_of(a), end = (a.segment + 1) * kSegmentBlocks;
+  int64_t blocks = last / kBlockTokens + 1;
+  if (a.segments != nullptr && end < blocks) blocks = end;
   if (first_block < blocks) {
-    prefetch(in_block(first_block, a.k_offset), unit);
-    prefetch(in_block(first_block, a.v_offset), unit);
+    prefetch(block_of(a, first_block) + a.k_offset, unit);
+    prefetch(block_of(a, first_block) + a.v_offset, unit);
   }
   for (int64_t block = first_block; block < blocks; ++block) {
     const int64_t begin = block * kBlockTokens, segment_begin = begin / kSegment * kSegment;
     if (block == first_block || begin == segment_begin) {
       const Rows fresh = sight.rows_that_see(segment_begin, kSegment);
       for (int64_t r = fresh.first; r < fresh.end; ++r) {
-        state[r] = {kMinusInfinity, 0};
+        largest[r] = kMinusInfinity;
+        weight[r] = 0;
         for (int64_t i = 0; i < padded; i += 16) store(o + r * padded + i, splat(0));
       }
     }
     const Rows seeing = sight.rows_that_see(begin, kBlockTokens);
     const int64_t seen = seeing.end - seeing.first,
                   keys = last + 1 - begin < kBlockTokens ? last + 1 - begin : kBlockTokens;
-    const T *k = in_block(block, a.k_offset), *v = in_block(block, a.v_offset);
-    if (block + 1 < blocks) {  // a block's work is about as long as memory takes to answer
-      prefetch(in_block(block + 1, a.k_offset), unit);
-      prefetch(in_block(block + 1, a.v_offset), unit);
+    const char* const here = block_of(a, block);
+    const T* k = reinterpret_cast<const T*>(here + a.k_offset);
+    const T* v = reinterpret_cast<const T*>(here + a.v_offset);
+    // A block's work is about as long as memory takes to answer.
+    const char *k_ahead = here + a.k_offset, *v_ahead = here + a.v_offset;
+    if (block + 1 < blocks) {
+      k_ahead = block_of(a, block + 1) + a.k_offset;
+      v_ahead = block_of(a, block + 1) + a.v_offset;
+    } else if (a.next != nullptr) {
+      const char* const there = block_of(*a.next, first_block_of(*a.next));
+      k_ahead = there + a.next->k_offset;
+      v_ahead = there + a.next->v_offset;
     }
 
     // With many rows it pays to turn the block into floats once; the numbers are the same.
@@ -212,16 +250,14 @@ void attention(const AttentionArgs& a) {
       for (int64_t i = 0; i < keys * padded; i += 16) store(v_floats + i, load_kv(v + i));
     }
     // a · (K or V), whichever form it has.
-    const auto multiply = [&](const float* x, int64_t x_stride, const T* packed, const float* floats,
-                              int64_t stride, int64_t n, bool resume, float* to, int64_t to_stride) {
-      if (unpack)
-        product_rows<kTileSlots, float>(seen, {x, x_stride, floats, stride, n, resume, to, to_stride});
-      else
-        product_rows<kTileSlots, T>(seen, {x, x_stride, packed, stride, n, resume, to, to_stride});
-    };
     float* s = scores + seeing.first * 32;
-    multiply(q + seeing.first * padded, padded, k, k_floats, 32, a.head_dim, false, s, 32);
+    const float* queries = q + seeing.first * padded;
+    if (unpack)
+      product<float>(seen, {queries, padded, k_floats, 32, a.head_dim, 32, false, s, 32, k_ahead, unit});
+    else
+      product<T>(seen, {queries, padded, k, 32, a.head_dim, 32, false, s, 32, k_ahead, unit});
 
+    // The softmax goes over all rows step by step, so that no row waits for another's.
     for (int64_t r = seeing.first; r < seeing.end; ++r) {
       float* row = scores + r * 32;
       F32 first = load(row), second = load(row + 16);
@@ -231,7 +267,7 @@ void attention(const AttentionArgs& a) {
         second = mul(second, load(scales + 16));
       }
       const F32 hidden = splat(kMinusInfinity);
-      const int64_t visible = a.position + r / a.group + 1 - begin, skipped = sight.first_key(r) - begin;
+      const int64_t visible = sight.position(r) + 1 - begin, skipped = sight.first_key(r) - begin;
       if (visible < kBlockTokens) {
         first = select(first_lanes(visible), first, hidden);
         second = select(first_lanes(visible > 16 ? visible - 16 : 0), second, hidden);
@@ -240,18 +276,24 @@ void attention(const AttentionArgs& a) {
         first = select(first_lanes(skipped), hidden, first);
         second = select(first_lanes(skipped > 16 ? skipped - 16 : 0), hidden, second);
       }
-      const float block_largest = max_of(max(first, second));
-      const float largest = block_largest > state[r].largest ? block_largest : state[r].largest;
-      first = exp(sub(first, splat(largest)));
-      second = exp(sub(second, splat(largest)));
-      // Where the largest score stays, c is exactly 1; on the first block there is nothing to rescale yet.
-      float kept = state[r].weight;
-      if (largest > state[r].largest && kept > 0) {
-        const float keep = exp_of(state[r].largest - largest);
-        kept *= keep;
-        scale_row(o + r * padded, keep, padded);
-      }
-      state[r] = {largest, kept + sum(add(first, second))};
+      block_largest[r] = max_of(max(first, second));
+      store(row, first);
+      store(row + 16, second);
+    }
+    // c is exactly 1 where the largest score stays.
+    for (int64_t r = seeing.first; r < seeing.end; r += 16) {
+      const Mask rest = first_lanes(seeing.end - r);
+      const F32 before = load(largest + r, rest), now = max(load(block_largest + r, rest), before);
+      const F32 c = exp(sub(before, now));
+      store(largest + r, now, rest);
+      store(weight + r, mul(load(weight + r, rest), c), rest);
+      store(keep + r, c, rest);
+    }
+    for (int64_t r = seeing.first; r < seeing.end; ++r) {
+      float* row = scores + r * 32;
+      F32 first = exp(sub(load(row), splat(largest[r])));
+      F32 second = exp(sub(load(row + 16), splat(largest[r])));
+      weight[r] += sum(add(first, second));
       if constexpr (kScaled) {
         const float* scales = reinterpret_cast<const float*>(v + kBlockTokens * padded);
         first = mul(first, load(scales));
@@ -259,11 +301,14 @@ void attention(const AttentionArgs& a) {
       }
       store(row, first);
       store(row + 16, second);
+      if (keep[r] < 1) scale_row(o + r * padded, keep[r], padded);
     }
 
-    for (int64_t column = 0; column < padded; column += 32)
-      multiply(s, 32, v + column, v_floats + column, padded, keys, true, o + seeing.first * padded + column,
-               padded);
+    float* o_seeing = o + seeing.first * padded;
+    if (unpack)
+      product<float>(seen, {s, 32, v_floats, padded, keys, padded, true, o_seeing, padded, v_ahead, unit});
+    else
+      product<T>(seen, {s, 32, v, padded, keys, padded, true, o_seeing, padded, v_ahead, unit});
 
     if (begin + kBlockTokens < segment_begin + kSegment && block + 1 < blocks) continue;
     const Rows done = sight.rows_that_see(segment_begin, kSegment);
@@ -271,12 +316,12 @@ void attention(const AttentionArgs& a) {
       if (a.segments != nullptr) {
         float* to = a.segments + (a.segment * rows + r) * segment_floats(a.head_dim);
         for (int64_t i = 0; i < padded; i += 16) store(to + i, load(o + r * padded + i));
-        to[padded] = state[r].largest;
-        to[padded + 1] = state[r].weight;
+        to[padded] = largest[r];
+        to[padded + 1] = weight[r];
       } else if (sight.first_key(r) < segment_begin) {
-        merge(total[r], o_total + r * padded, state[r], o + r * padded, padded);
+        merge(total[r], o_total + r * padded, {largest[r], weight[r]}, o + r * padded, padded);
       } else {  // the first segment the row sees
-        total[r] = state[r];
+        total[r] = {largest[r], weight[r]};
         for (int64_t i = 0; i < padded; i += 16) store(o_total + r * padded + i, load(o + r * padded + i));
       }
     }

@@ -48,6 +48,7 @@ struct AttentionArgs {
   // for what comes of it, which `merge_segments` then makes the output of. Null: all are computed and merged.
   int64_t segment;
   float* segments;
+  const AttentionArgs* next;  // what is likely to come after it, whose first K and V it asks for; or null
 };
 
 struct StoreKvArgs {
@@ -80,7 +81,7 @@ constexpr int kAttentionRows = 48;
 
 static constexpr int64_t attention_scratch_floats(int64_t rows, int64_t head_dim) {
   int64_t padded = padded_head_dim(head_dim);
-  return rows * (padded + 32 + 2 * padded + 4) + 2 * 32 * padded + 64;
+  return rows * (3 * padded + 32) + (rows + 15) / 16 * 16 * 6 + 2 * 32 * padded;
 }
 
 }  // namespace hexad

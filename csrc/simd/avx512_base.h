@@ -118,6 +118,8 @@ inline I32 byte_of(Quads x, int index) {
 // Register tiles of float products: batch rows, and halves of a panel for so many of them.
 constexpr int kTileSlots = 6;
 constexpr int tile_halves(int) { return 2; }
+// Vectors of a wider product.
+constexpr int tile_vectors(int) { return 4; }
 // Tiles of dots from which unpacking a panel once pays: codes are taken apart beside the multiplications for nothing.
 constexpr int kStripTiles = 12;
 

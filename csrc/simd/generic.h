@@ -213,6 +213,8 @@ constexpr int kByteZero = 128;
 // Register tiles of float products: batch rows, and halves of a panel for so many of them.
 constexpr int kTileSlots = 6;
 constexpr int tile_halves(int) { return 2; }
+// Vectors of a wider product.
+constexpr int tile_vectors(int slots) { return tile_halves(slots); }
 // Tiles of dots from which unpacking a panel once pays.
 constexpr int kStripTiles = 4;
 

@@ -303,6 +303,8 @@ struct Dots {
 // Register tiles of float products: batch rows, and halves of a panel for so many of them; halves also of dots.
 constexpr int kTileSlots = 6;
 constexpr int tile_halves(int slots) { return slots == 1 ? 2 : 1; }
+// Vectors of a wider product.
+constexpr int tile_vectors(int slots) { return tile_halves(slots); }
 // Tiles of dots from which unpacking a panel once pays.
 constexpr int kStripTiles = 4;
 
