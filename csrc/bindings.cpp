@@ -218,6 +218,16 @@ NB_MODULE(_native, m) {
            "top_ids"_a.noconvert(), "top_logprobs"_a.noconvert(), "ask_logprobs"_a.noconvert(),
            "ask_ranks"_a.noconvert())
       .def("copy_blocks", &copy_blocks, "pairs"_a.noconvert())
+      .def(
+          "profile",
+          [](Program& p) {
+            std::vector<std::tuple<int64_t, int64_t, double, double>> times;
+            for (const hexad::OpTime& t : p.profile())
+              times.emplace_back(t.runs, t.barriers, t.seconds, t.waited);
+            return times;
+          },
+          "Times every op from the first call on: (runs, barriers, seconds, seconds waited); see "
+          "csrc/program.h.")
       .def_prop_ro("samples", &Program::samples)
       .def_prop_ro("vocab", &Program::vocab)
       .def_prop_ro("hidden_size", &Program::hidden_size)

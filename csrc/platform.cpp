@@ -3,11 +3,17 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <chrono>
 #include <new>
 
 namespace hexad {
 
 int64_t process_id() { return getpid(); }
+
+int64_t now_ns() {
+  using Clock = std::chrono::steady_clock;
+  return std::chrono::duration_cast<std::chrono::nanoseconds>(Clock::now().time_since_epoch()).count();
+}
 
 void* allocate_bytes(size_t bytes) {
   if (bytes == 0) bytes = 1;

@@ -10,6 +10,9 @@ namespace hexad {
 
 int64_t process_id();
 
+// Of a clock that never goes back.
+int64_t now_ns();
+
 // Zeroed memory, 64-byte aligned, in huge pages where the system offers them; pages are touched on first use.
 // Throws std::bad_alloc.
 struct FreeMemory {

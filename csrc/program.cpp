@@ -35,20 +35,42 @@ int64_t product(int64_t a, int64_t b) {
 
 constexpr int64_t kMost = int64_t{1} << 31;  // of features, heads, layers, rows
 
-// Holds the program for one call.
-class Busy {
+}  // namespace
+
+// Holds the program for one call, and times it where that is wanted.
+class Program::Call {
  public:
-  explicit Busy(std::atomic_flag& flag) : flag_(flag) {
-    if (flag_.test_and_set(std::memory_order_acquire))
+  explicit Call(Program& program) : program_(program) {
+    if (program_.busy_.test_and_set(std::memory_order_acquire))
       throw std::logic_error("the program is busy: it takes one call at a time");
+    if (program_.timer_.on()) begin_ = now_ns();
   }
-  ~Busy() { flag_.clear(std::memory_order_release); }
+  ~Call() {
+    if (begin_ != 0) {
+      program_.calls_.runs += 1;
+      program_.calls_.seconds += 1e-9 * static_cast<double>(now_ns() - begin_);
+    }
+    program_.busy_.clear(std::memory_order_release);
+  }
 
  private:
-  std::atomic_flag& flag_;
+  Program& program_;
+  int64_t begin_ = 0;
 };
 
-}  // namespace
+std::vector<OpTime> Timer::times() const {
+  std::vector<OpTime> times(members_.front().size());
+  const double share = 1e-9 / static_cast<double>(members_.size());
+  for (size_t part = 0; part < times.size(); ++part) {
+    times[part].runs = members_.front()[part].runs;
+    times[part].barriers = members_.front()[part].barriers;
+    for (const std::vector<Sums>& sums : members_) {
+      times[part].seconds += share * static_cast<double>(sums[part].ns);
+      times[part].waited += share * static_cast<double>(sums[part].waited);
+    }
+  }
+  return times;
+}
 
 Program::Program(const Options& options)
     : kernels_(kernels_for(options.isa)), options_(options), team_(options.threads) {
@@ -77,7 +99,7 @@ int Program::add_weight(const std::string& stored, int64_t rows, int64_t columns
 
 void Program::pack_weight(int weight, const std::string& stored_name, const uint8_t* data, int64_t bytes) {
   const Weight& w = check_weight(weight);
-  const Busy busy(busy_);
+  const Call call(*this);
   const Stored& stored = stored_of(stored_name);
   const int64_t row_bytes = stored.row_bytes(w.columns);
   require(stored.layout == w.layout, "the weight was added as another type than " + stored_name);
@@ -378,7 +400,7 @@ void touch(const Memory<T>& memory, Loop&& loop) {
 
 void Program::prefault() {
   require(sealed_, "a program is prefaulted once it is sealed");
-  const Busy busy(busy_);
+  const Call call(*this);
   team_.run([&](int member) {
     const auto shared = [&](size_t runs, auto&& body) {
       team_.loop(member, static_cast<int64_t>(runs), body);
@@ -432,7 +454,7 @@ int64_t Program::workspace_bytes() const {
 }
 
 void Program::forward(const BatchView& batch) {
-  const Busy busy(busy_);
+  const Call call(*this);
   require(sealed_, "the program is not sealed");
   require(batch.rows >= 1 && batch.rows <= options_.max_rows,
           "a step of " + std::to_string(batch.rows) + " rows; 1 to " + std::to_string(options_.max_rows) +
@@ -475,7 +497,9 @@ void Program::forward(const BatchView& batch) {
   batch_ = batch;
   samples_ = batch.samples;
   team_.run([&](int member) {
-    for (const auto& op : ops_) op->run(*this, member, 0, op->sampled ? batch_.samples : batch_.rows);
+    for (size_t i = 0; i < ops_.size(); ++i)
+      timer_.time(team_, member, i,
+                  [&] { ops_[i]->run(*this, member, 0, ops_[i]->sampled ? batch_.samples : batch_.rows); });
   });
   batch_ = {};
 }
@@ -512,17 +536,30 @@ void Program::check_head(int64_t rows) const {
                                 std::to_string(samples_) + " sample rows");
 }
 
+void Program::run_head(int member, int64_t begin, int64_t rows) {
+  timer_.time(team_, member, ops_.size(), [&] { head_->run(*this, member, begin, rows); });
+}
+
+std::vector<OpTime> Program::profile() {
+  require(sealed_, "a program is profiled once it is sealed");
+  const Call call(*this);
+  if (!timer_.on()) timer_.begin(team_, ops_.size() + 2);
+  std::vector<OpTime> times = timer_.times();
+  times.push_back(calls_);
+  return times;
+}
+
 void Program::logits(float* out, int64_t rows) {
-  const Busy busy(busy_);
+  const Call call(*this);
   check_head(rows);
   for (int64_t begin = 0; begin < rows; begin += kLogitRows) {
     head_->head_out = out + begin * vocab();
-    team_.run([&](int member) { head_->run(*this, member, begin, std::min(kLogitRows, rows - begin)); });
+    team_.run([&](int member) { run_head(member, begin, std::min(kLogitRows, rows - begin)); });
   }
 }
 
 void Program::hidden(float* out, int64_t rows) {
-  const Busy busy(busy_);
+  const Call call(*this);
   check_head(rows);
   const int64_t size = hidden_size();
   team_.run([&](int member) {
@@ -537,7 +574,7 @@ void Program::hidden(float* out, int64_t rows) {
 }
 
 void Program::sample(const SampleBatch& wanted, const SampleOutput& output) {
-  const Busy busy(busy_);
+  const Call call(*this);
   check_head(wanted.count);
   wanted.check(vocab());
   int64_t longest = 0;
@@ -559,25 +596,27 @@ void Program::sample(const SampleBatch& wanted, const SampleOutput& output) {
         team_.loop(member, rows, [&](int64_t i) { skip_row(wanted, begin + i, output); });
         continue;
       }
-      head_->run(*this, member, begin, rows);
-      // By columns, as the panels were: a member finds most of what it reads in its own cache.
-      team_.loop(member, kMaximaTasks * rows, [&](int64_t task) {
-        const int64_t i = task % rows, part = task / rows;
-        const int64_t from = blocks * part / kMaximaTasks, to = blocks * (part + 1) / kMaximaTasks;
-        kernels_.block_maxima(logits_tile_.get() + i * width + from * kLogitBlock,
-                              std::min(to * kLogitBlock, width) - from * kLogitBlock,
-                              logits_maxima_.get() + i * blocks + from);
-      });
-      team_.loop(member, rows, [&](int64_t i) {
-        sample_row(kernels_, logits_tile_.get() + i * width, logits_maxima_.get() + i * blocks, width, wanted,
-                   begin + i, scratch_[at(member)].sampler, output);
+      run_head(member, begin, rows);
+      timer_.time(team_, member, ops_.size() + 1, [&] {
+        // By columns, as the panels were: a member finds most of what it reads in its own cache.
+        team_.loop(member, kMaximaTasks * rows, [&](int64_t task) {
+          const int64_t i = task % rows, part = task / rows;
+          const int64_t from = blocks * part / kMaximaTasks, to = blocks * (part + 1) / kMaximaTasks;
+          kernels_.block_maxima(logits_tile_.get() + i * width + from * kLogitBlock,
+                                std::min(to * kLogitBlock, width) - from * kLogitBlock,
+                                logits_maxima_.get() + i * blocks + from);
+        });
+        team_.loop(member, rows, [&](int64_t i) {
+          sample_row(kernels_, logits_tile_.get() + i * width, logits_maxima_.get() + i * blocks, width,
+                     wanted, begin + i, scratch_[at(member)].sampler, output);
+        });
       });
     }
   });
 }
 
 void Program::copy_blocks(const int64_t* pairs, int64_t count) {
-  const Busy busy(busy_);
+  const Call call(*this);
   for (int64_t i = 0; i < 2 * count; ++i)
     require(pairs[i] >= 0 && pairs[i] < options_.kv_blocks,
             "KV block " + std::to_string(pairs[i]) + " does not exist");

@@ -70,6 +70,47 @@ inline size_t at(int64_t i) { return static_cast<size_t>(i); }
 class Program;
 struct LinearOp;
 
+// Sums since timing began. waited: of the times, what members spent at barriers; both are means over members.
+// barriers: met in all runs together.
+struct OpTime {
+  int64_t runs = 0, barriers = 0;
+  double seconds = 0, waited = 0;
+};
+
+// Times what a team does part by part, if it is switched on.
+class Timer {
+ public:
+  void begin(ThreadTeam& team, size_t parts) {
+    members_.assign(static_cast<size_t>(team.size()), std::vector<Sums>(parts));
+    team.time_waiting(true);
+    on_ = true;
+  }
+  bool on() const { return on_; }
+
+  // Calls f() on behalf of a member, as the given part.
+  template <class F>
+  void time(const ThreadTeam& team, int member, size_t part, F&& f) {
+    if (!on_) return f();
+    const ThreadTeam::Count before = team.count(member);
+    const int64_t begin = now_ns();
+    f();
+    const ThreadTeam::Count& after = team.count(member);
+    Sums& sums = members_[static_cast<size_t>(member)][part];
+    sums.runs += 1;
+    sums.ns += now_ns() - begin;
+    sums.waited += after.waited - before.waited;
+    sums.barriers += after.barriers - before.barriers;
+  }
+  std::vector<OpTime> times() const;
+
+ private:
+  struct Sums {
+    int64_t runs = 0, ns = 0, waited = 0, barriers = 0;
+  };
+  std::vector<std::vector<Sums>> members_;  // a member's own array each: no two write to one cache line
+  bool on_ = false;
+};
+
 // Per-member working memory, sized when the program is sealed.
 struct Scratch {
   Memory<float> rows;             // normed rows of one tile
@@ -132,6 +173,10 @@ class Program {
   void hidden(float* out, int64_t rows);
   // Copies KV blocks, each pair a source and a destination, in order.
   void copy_blocks(const int64_t* pairs, int64_t count);
+
+  // Times every op from the first call on, which costs a few µs a step. Returns, in this order, what the ops took
+  // (a rope's table is an op), the logits, drawing tokens from them, and whole calls (`waited` is 0 there).
+  std::vector<OpTime> profile();
 
   int64_t samples() const { return samples_; }
   int64_t vocab() const;
@@ -199,10 +244,15 @@ class Program {
   void check_vector(int vector, int64_t n, const char* what) const;
   const Weight& check_weight(int weight) const;
   void check_head(int64_t rows) const;
+  void run_head(int member, int64_t begin, int64_t rows);
   void add_op(std::unique_ptr<Op> op);
+
+  class Call;
 
   std::vector<std::unique_ptr<Op>> ops_;
   std::unique_ptr<LinearOp> head_;
+  Timer timer_;
+  OpTime calls_;
   int head_weight_ = -1;
   Memory<float> logits_tile_, logits_maxima_;
   int64_t samples_ = 0;

@@ -43,7 +43,7 @@ ThreadTeam::ThreadTeam(int size) : size_(size) {
 
 void ThreadTeam::start() {
   for (Cursors& cursors : cursors_) cursors.reset(new Cursor[static_cast<size_t>(size_)]);
-  counts_.reset(new Count[static_cast<size_t>(size_)]);
+  counts_.reset(new OwnCount[static_cast<size_t>(size_)]);
   arrived_ = 0;
   const uint32_t seen = job_.load();
   try {
@@ -120,6 +120,10 @@ void ThreadTeam::barrier(int member) {
     arrived_.store(0, std::memory_order_relaxed);
     generation_.fetch_add(1, std::memory_order_release);
     generation_.notify_all();
+  } else if (timed_) {
+    const int64_t begin = now_ns();
+    wait_while(generation_, generation);
+    counts_[member].waited += now_ns() - begin;
   } else {
     wait_while(generation_, generation);
   }

@@ -47,15 +47,22 @@ class ThreadTeam {
   // Inside run: waits for all members.
   void barrier(int member);
 
+  // Between runs: whether waiting is timed from now on.
+  void time_waiting(bool timed) { timed_ = timed; }
+  // What a member has done so far; inside run for members themselves.
+  struct Count {
+    int64_t barriers = 0, waited = 0;  // waited: ns at barriers, while that was timed
+  };
+  const Count& count(int member) const { return counts_[member]; }
+
  private:
   struct alignas(64) Cursor {
     std::atomic<int64_t> taken{0};
   };
   using Cursors = std::unique_ptr<Cursor[]>;
-  struct alignas(64) Count {
-    uint32_t barriers = 0;  // this member's; its parity picks the cursors in use
-  };
+  struct alignas(64) OwnCount : Count {};
 
+  // Picks the cursors in use.
   int parity(int member) const { return counts_[member].barriers & 1; }
   void start();
   void stop();
@@ -65,10 +72,10 @@ class ThreadTeam {
   std::vector<std::thread> threads_;
   std::mutex run_mutex_;
   int64_t process_ = 0;
-  bool stop_ = false;
+  bool stop_ = false, timed_ = false;
   const std::function<void(int)>* body_ = nullptr;
   Cursors cursors_[2];
-  std::unique_ptr<Count[]> counts_;
+  std::unique_ptr<OwnCount[]> counts_;
   alignas(64) std::atomic<uint32_t> arrived_{0};
   alignas(64) std::atomic<uint32_t> generation_{0};
   alignas(64) std::atomic<uint32_t> job_{0};

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import reduce
 from math import prod
 from typing import TypeVar
 
@@ -10,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hexad import _native
-from hexad.backends.backend import Batch, CompileOptions, Limits
+from hexad.backends.backend import Batch, CompileOptions, Limits, OpTime, Profile
 from hexad.backends.cpu.layouts import layout_of
 from hexad.backends.cpu.lower import lower, plan_buffers
 from hexad.backends.sampling import SampleBatch, SampleOutput
@@ -60,10 +61,10 @@ class CpuBackend:
                 kv_blocks=limits.kv_blocks,
             )
         )
-        _checked(lambda: lower(graph, weights, program))
+        nodes = _checked(lambda: lower(graph, weights, program))
         if options.prefault:
             _checked(program.prefault)
-        return CpuExecutable(program)
+        return CpuExecutable(program, nodes)
 
     def weight_bytes(self, weight: Weight) -> int:
         """Matrices are packed into panels; the rest is float32."""
@@ -113,10 +114,11 @@ def _padded(features: int) -> int:
 
 
 class CpuExecutable:
-    """Implements `Executable` over one native program."""
+    """Implements `Executable` over one native program. nodes: see `lower`."""
 
-    def __init__(self, program: _native.Program) -> None:
+    def __init__(self, program: _native.Program, nodes: Sequence[int]) -> None:
         self.program = program
+        self._nodes = nodes
 
     def forward(self, batch: Batch) -> None:
         """See `Executable`. Raises BackendError where the batch contradicts itself or the limits."""
@@ -168,6 +170,14 @@ class CpuExecutable:
         """Copies whole KV blocks, (source, destination) in order."""
         pairs = np.array(copies, np.int64).reshape(-1, 2)
         _checked(lambda: self.program.copy_blocks(pairs))
+
+    def profile(self) -> Profile:
+        """See `Executable`. Tables of rotations and drawing tokens are no nodes."""
+        *ops, sampling, calls = (OpTime(*times) for times in self.program.profile())
+        ropes = [ops[i] for i in range(len(ops)) if i not in self._nodes]
+        tables = reduce(OpTime.plus, ropes, OpTime())
+        others = {"rope table": tables, "sampling": sampling}
+        return Profile([ops[i] for i in self._nodes], others, calls)
 
 
 def _checked(call: Callable[[], T]) -> T:

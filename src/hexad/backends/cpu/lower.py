@@ -61,9 +61,10 @@ def _residual(node: Node) -> int | None:
     return None
 
 
-def lower(graph: Graph, weights: Mapping[str, Weight], program: _native.Program) -> None:
-    """Builds `program` from `graph` and packs its weights. Raises BackendError for an op it does not know."""
-    _Lowering(graph, weights, program).run()
+def lower(graph: Graph, weights: Mapping[str, Weight], program: _native.Program) -> list[int]:
+    """Builds `program` from `graph` and packs its weights. Returns each node's place among the program's ops,
+    the logits being the last. Raises BackendError for an op it does not know."""
+    return _Lowering(graph, weights, program).run()
 
 
 class _Lowering:
@@ -76,7 +77,7 @@ class _Lowering:
         self.vectors: dict[str, int] = {}
         self.ropes: dict[RopeSpec, int] = {}
 
-    def run(self) -> None:
+    def run(self) -> list[int]:
         for features in self.buffers.features:
             self.program.add_buffer(features)
         self._cache()
@@ -90,6 +91,11 @@ class _Lowering:
                 raise BackendError(f"The CPU backend does not know the op {node.op!r}.")
             emit(node, self.buffers.of_value[place])
         self.program.seal()
+        # The tables of the ropes come first.
+        first, head = len(self.ropes), ("logits", "fused_logits")
+        ops = first + sum(node.op not in head for node in self.graph.nodes)
+        places = iter(range(first, ops))
+        return [ops if node.op in head else next(places) for node in self.graph.nodes]
 
     def _cache(self) -> None:
         attention = [n.attrs for n in self.graph.nodes if n.op in ("attention", "fused_attention")]
