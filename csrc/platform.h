@@ -13,6 +13,10 @@ int64_t process_id();
 // Of a clock that never goes back.
 int64_t now_ns();
 
+// How long the calling thread has waited for a CPU that others were using, since it began; 0 where the system does
+// not tell.
+int64_t queued_ns();
+
 // Zeroed memory, 64-byte aligned, in huge pages where the system offers them; pages are touched on first use.
 // Throws std::bad_alloc.
 struct FreeMemory {

@@ -1,5 +1,6 @@
 #include "thread_team.h"
 
+#include <algorithm>
 #include <cfenv>
 #include <chrono>
 #include <stdexcept>
@@ -36,15 +37,16 @@ void wait_while(const std::atomic<uint32_t>& word, uint32_t old) {
 }  // namespace
 
 ThreadTeam::ThreadTeam(int size) : size_(size) {
-  if (size < 1 || size > 1024)
+  if (size < 1 || size > static_cast<int>(kMostMembers))
     throw std::invalid_argument("a team has 1 to 1024 threads, not " + std::to_string(size));
   start();
 }
 
 void ThreadTeam::start() {
   for (Cursors& cursors : cursors_) cursors.reset(new Cursor[static_cast<size_t>(size_)]);
-  counts_.reset(new OwnCount[static_cast<size_t>(size_)]);
+  counts_.reset(new Member[static_cast<size_t>(size_)]);
   arrived_ = 0;
+  active_ = size_;
   const uint32_t seen = job_.load();
   try {
     for (int member = 1; member < size_; ++member)
@@ -58,8 +60,7 @@ void ThreadTeam::start() {
 
 void ThreadTeam::stop() {
   stop_ = true;
-  job_.fetch_add(1, std::memory_order_release);
-  job_.notify_all();
+  post(size_);
   for (std::thread& thread : threads_) thread.join();
   threads_.clear();
   stop_ = false;
@@ -92,20 +93,62 @@ void ThreadTeam::run(const std::function<void(int)>& body) {
   std::fegetenv(&callers);
   std::fesetenv(FE_DFL_ENV);
   body_ = &body;
-  job_.fetch_add(1, std::memory_order_release);
-  job_.notify_all();
+  for (int member = 0; member < active_; ++member) {
+    counts_[member].barriers = 0;
+    for (Cursors& cursors : cursors_) cursors[member].taken.store(0, std::memory_order_relaxed);
+  }
+  const int64_t begin = size_ > 1 ? now_ns() : 0;
+  if (size_ > 1) queued_ -= queued_ns();
+  if (active_ > 1) post(active_);
   body(0);
   barrier(0);
+  if (size_ > 1) adapt(begin);
   std::fesetenv(&callers);
+}
+
+void ThreadTeam::post(int active) {
+  const uint32_t number = job_.load(std::memory_order_relaxed) / kMostMembers + 1;
+  job_.store(number * kMostMembers + static_cast<uint32_t>(active - 1), std::memory_order_release);
+  job_.notify_all();
+}
+
+void ThreadTeam::adapt(int64_t begin) {
+  constexpr int64_t kWindow = 10'000'000, kShortest = 50'000'000, kLongest = 1'600'000'000;
+  const int64_t taken = now_ns() - begin;
+  window_ += taken;
+  settled_ += taken;
+  queued_ += queued_ns();
+  if (window_ < kWindow) return;
+  for (int member = 1; member < active_; ++member) {
+    Member& m = counts_[member];
+    queued_ += m.queued - m.judged;
+  }
+  // Whoever is queued, all wait: beyond this, that costs more than one member does.
+  const bool crowded = queued_ * active_ > window_;
+  int next = active_;
+  if (active_ > 1 && crowded) {
+    next = active_ - static_cast<int>(std::clamp<int64_t>(queued_ / window_, 1, active_ - 1));
+    // Soon after more were tried, it was too early.
+    patience_ = settled_ < 5 * kWindow ? std::clamp(2 * patience_, kShortest, kLongest) : kShortest;
+  } else if (active_ < size_ && settled_ >= patience_) {
+    next = active_ + (size_ - active_ + 1) / 2;
+  }
+  if (next != active_) settled_ = 0;
+  active_ = next;
+  window_ = queued_ = 0;
+  for (int member = 1; member < size_; ++member) counts_[member].judged = counts_[member].queued;
 }
 
 void ThreadTeam::work(int member, uint32_t seen) {
   std::fesetenv(FE_DFL_ENV);
   for (;;) {
     wait_while(job_, seen);
-    ++seen;
+    // Who stays out may miss jobs, but none that it takes part in: that one does not end without it.
+    seen = job_.load(std::memory_order_acquire);
     if (stop_) return;
+    if (member > static_cast<int>(seen % kMostMembers)) continue;
     (*body_)(member);
+    counts_[member].queued = queued_ns();
     barrier(member);
   }
 }
@@ -114,9 +157,9 @@ void ThreadTeam::barrier(int member) {
   // The other parity's cursors were last used before the previous barrier: nobody reads them now.
   cursors_[parity(member) ^ 1][member].taken.store(0, std::memory_order_relaxed);
   ++counts_[member].barriers;
-  if (size_ == 1) return;
+  if (active_ == 1) return;
   const uint32_t generation = generation_.load(std::memory_order_relaxed);
-  if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == static_cast<uint32_t>(size_)) {
+  if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == static_cast<uint32_t>(active_)) {
     arrived_.store(0, std::memory_order_relaxed);
     generation_.fetch_add(1, std::memory_order_release);
     generation_.notify_all();

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from dataclasses import fields, replace
 from typing import Any
 
@@ -269,3 +270,15 @@ def test_limits_are_filled_exactly() -> None:
     executable.forward(batch)
     assert np.isfinite(executable.logits()).all()
     assert executable.logits().shape == (64, 160)
+
+
+def test_members_that_stay_out_change_nothing() -> None:
+    """Eight threads wait for each other's CPUs wherever there are fewer, so that some are left out of runs and
+    taken in again; see csrc/thread_team.h."""
+    alone, crowd = compiled(1), compiled(8)
+    alone.forward(GOOD)
+    expected = alone.logits()
+    end = time.monotonic() + 0.5
+    while time.monotonic() < end:
+        crowd.forward(GOOD)
+        assert np.array_equal(crowd.logits(), expected)
