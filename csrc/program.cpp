@@ -60,14 +60,17 @@ class Program::Call {
 
 std::vector<OpTime> Timer::times() const {
   std::vector<OpTime> times(members_.front().size());
-  const double share = 1e-9 / static_cast<double>(members_.size());
   for (size_t part = 0; part < times.size(); ++part) {
-    times[part].runs = members_.front()[part].runs;
-    times[part].barriers = members_.front()[part].barriers;
+    const Sums& first = members_.front()[part];  // takes part in every run
+    int64_t runs = 0;
+    double waited = 0;
     for (const std::vector<Sums>& sums : members_) {
-      times[part].seconds += share * static_cast<double>(sums[part].ns);
-      times[part].waited += share * static_cast<double>(sums[part].waited);
+      runs += sums[part].runs;
+      waited += 1e-9 * static_cast<double>(sums[part].waited);
     }
+    const double mean = runs == 0 ? 0 : waited * static_cast<double>(first.runs) / static_cast<double>(runs);
+    const double seconds = 1e-9 * static_cast<double>(first.ns);
+    times[part] = {first.runs, first.barriers, seconds, std::min(mean, seconds)};
   }
   return times;
 }

@@ -70,8 +70,8 @@ inline size_t at(int64_t i) { return static_cast<size_t>(i); }
 class Program;
 struct LinearOp;
 
-// Sums since timing began. waited: of the times, what members spent at barriers; both are means over members.
-// barriers: met in all runs together.
+// Sums since timing began, of the caller's time. waited: of it, what members spent at barriers, a mean over those
+// that took part. barriers: met in all runs together.
 struct OpTime {
   int64_t runs = 0, barriers = 0;
   double seconds = 0, waited = 0;
