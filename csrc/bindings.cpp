@@ -158,12 +158,12 @@ NB_MODULE(_native, m) {
       .def(
           "__init__",
           [](Program* self, const std::string& isa, int threads, bool quantised, const std::string& kv_dtype,
-             int64_t max_rows, int64_t max_seqs, int64_t kv_blocks) {
-            new (self) Program(hexad::Options{isa, threads, quantised, kv_dtype_of(kv_dtype), max_rows,
-                                              max_seqs, kv_blocks});
+             int64_t max_rows, int64_t max_seqs, int64_t kv_blocks, std::vector<std::vector<int>> cpus) {
+            new (self) Program(hexad::Options{isa, threads, std::move(cpus), quantised, kv_dtype_of(kv_dtype),
+                                              max_rows, max_seqs, kv_blocks});
           },
           nb::kw_only(), "isa"_a, "threads"_a, "quantised"_a, "kv_dtype"_a, "max_rows"_a, "max_seqs"_a,
-          "kv_blocks"_a)
+          "kv_blocks"_a, "cpus"_a = std::vector<std::vector<int>>{})
       .def("add_weight", &Program::add_weight, "stored"_a, "rows"_a, "columns"_a)
       .def(
           "pack_weight",

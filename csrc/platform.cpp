@@ -1,6 +1,7 @@
 #include "platform.h"
 
 #include <fcntl.h>
+#include <sched.h>
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -16,6 +17,30 @@ int64_t process_id() { return getpid(); }
 int64_t now_ns() {
   using Clock = std::chrono::steady_clock;
   return std::chrono::duration_cast<std::chrono::nanoseconds>(Clock::now().time_since_epoch()).count();
+}
+
+OnCpus::OnCpus(const std::vector<int>& cpus) {
+#ifdef __linux__
+  if (cpus.empty()) return;
+  cpu_set_t before, wanted;
+  CPU_ZERO(&wanted);
+  for (int cpu : cpus)
+    if (cpu >= 0 && cpu < CPU_SETSIZE) CPU_SET(cpu, &wanted);
+  if (sched_getaffinity(0, sizeof before, &before) != 0) return;
+  if (sched_setaffinity(0, sizeof wanted, &wanted) != 0) return;
+  before_.assign(reinterpret_cast<char*>(&before), reinterpret_cast<char*>(&before + 1));
+#else
+  (void)cpus;
+#endif
+}
+
+OnCpus::~OnCpus() {
+#ifdef __linux__
+  if (before_.empty()) return;
+  cpu_set_t before;
+  std::memcpy(&before, before_.data(), sizeof before);
+  sched_setaffinity(0, sizeof before, &before);
+#endif
 }
 
 namespace {

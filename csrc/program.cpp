@@ -76,7 +76,7 @@ std::vector<OpTime> Timer::times() const {
 }
 
 Program::Program(const Options& options)
-    : kernels_(kernels_for(options.isa)), options_(options), team_(options.threads) {
+    : kernels_(kernels_for(options.isa)), options_(options), team_(options.threads, options.cpus) {
   require(options.threads >= 1 && options.threads <= 1024, "threads must be between 1 and 1024");
   require(options.max_rows >= 1 && options.max_seqs >= 1 && options.kv_blocks >= 1,
           "limits must be positive");

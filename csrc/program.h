@@ -21,7 +21,8 @@ namespace hexad {
 struct Options {
   std::string isa;  // empty: the best here
   int threads = 1;
-  bool quantised = true;  // multiply quantised weights with int8 activations
+  std::vector<std::vector<int>> cpus = {};  // that each thread stays on; empty: left to the system
+  bool quantised = true;                    // multiply quantised weights with int8 activations
   KvDtype kv_dtype = KvDtype::kF16;
   int64_t max_rows = 1;
   int64_t max_seqs = 1;

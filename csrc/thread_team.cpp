@@ -5,6 +5,7 @@
 #include <chrono>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 #include "platform.h"
 
@@ -36,10 +37,18 @@ void wait_while(const std::atomic<uint32_t>& word, uint32_t old) {
 
 }  // namespace
 
-ThreadTeam::ThreadTeam(int size) : size_(size) {
+ThreadTeam::ThreadTeam(int size, std::vector<std::vector<int>> cpus) : size_(size), cpus_(std::move(cpus)) {
   if (size < 1 || size > static_cast<int>(kMostMembers))
     throw std::invalid_argument("a team has 1 to 1024 threads, not " + std::to_string(size));
+  if (!cpus_.empty() && cpus_.size() != static_cast<size_t>(size))
+    throw std::invalid_argument("CPUs of " + std::to_string(cpus_.size()) + " threads for a team of " +
+                                std::to_string(size));
   start();
+}
+
+const std::vector<int>& ThreadTeam::cpus(int member) const {
+  static const std::vector<int> kAny;
+  return cpus_.empty() ? kAny : cpus_[static_cast<size_t>(member)];
 }
 
 void ThreadTeam::start() {
@@ -92,6 +101,7 @@ void ThreadTeam::run(const std::function<void(int)>& body) {
   std::fenv_t callers;
   std::fegetenv(&callers);
   std::fesetenv(FE_DFL_ENV);
+  const OnCpus stay(cpus(0));
   body_ = &body;
   for (int member = 0; member < active_; ++member) {
     counts_[member].barriers = 0;
@@ -141,6 +151,7 @@ void ThreadTeam::adapt(int64_t begin) {
 
 void ThreadTeam::work(int member, uint32_t seen) {
   std::fesetenv(FE_DFL_ENV);
+  const OnCpus stay(cpus(member));
   for (;;) {
     wait_while(job_, seen);
     // Who stays out may miss jobs, but none that it takes part in: that one does not end without it.

@@ -20,8 +20,10 @@ namespace hexad {
 // members stay out of the next runs for a while; the others do their share.
 class ThreadTeam {
  public:
-  // Throws std::invalid_argument unless 1 ≤ size ≤ 1024, std::system_error where threads cannot be had.
-  explicit ThreadTeam(int size);
+  // cpus: for each member those that it stays on during runs; empty: all are left to the system.
+  // Throws std::invalid_argument unless 1 ≤ size ≤ 1024 and `cpus` is empty or as long, std::system_error where threads
+  // cannot be had.
+  explicit ThreadTeam(int size, std::vector<std::vector<int>> cpus = {});
   ~ThreadTeam();
   ThreadTeam(const ThreadTeam&) = delete;
   ThreadTeam& operator=(const ThreadTeam&) = delete;
@@ -73,6 +75,7 @@ class ThreadTeam {
 
   // Picks the cursors in use.
   int parity(int member) const { return counts_[member].barriers & 1; }
+  const std::vector<int>& cpus(int member) const;
   void start();
   void stop();
   void post(int active);
@@ -80,6 +83,7 @@ class ThreadTeam {
   void adapt(int64_t begin);
 
   const int size_;
+  const std::vector<std::vector<int>> cpus_;  // [size_]
   std::vector<std::thread> threads_;
   std::mutex run_mutex_;
   int64_t process_ = 0;

@@ -81,7 +81,7 @@ class OpTime(NamedTuple):
 @dataclass(frozen=True, slots=True)
 class Profile:
     """Where the time of an executable's calls went. nodes: of each node of the graph, in order. others: by
-    name, what no node stands for. calls: whole calls, of which these are parts; `waited` is not known there."""
+    name, what no node stands for. calls: whole calls, whose parts these are; `waited` is not known there."""
 
     nodes: Sequence[OpTime]
     others: Mapping[str, OpTime]

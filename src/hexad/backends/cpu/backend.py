@@ -19,7 +19,7 @@ from hexad.config import BLOCK_TOKENS, CacheDtype
 from hexad.errors import BackendError, HexadError
 from hexad.graph import Graph
 from hexad.graph.cost import kv_bytes_per_token
-from hexad.placement.hardware import cpu_count
+from hexad.placement.hardware import cpu_count, thread_cpus
 from hexad.weights import Weight
 
 T = TypeVar("T")
@@ -50,15 +50,17 @@ class CpuBackend:
         self, graph: Graph, weights: Mapping[str, Weight], options: CompileOptions, limits: Limits
     ) -> CpuExecutable:
         """Allocates buffers and cache, packs every weight once. Raises BackendError for what it cannot do."""
+        threads = options.threads or cpu_count()
         program = _checked(
             lambda: _native.Program(
                 isa=self.isa or "",
-                threads=options.threads or cpu_count(),
+                threads=threads,
                 quantised=options.compute == "int8",
                 kv_dtype=options.kv_dtype,
                 max_rows=limits.max_rows,
                 max_seqs=limits.max_seqs,
                 kv_blocks=limits.kv_blocks,
+                cpus=thread_cpus(threads),
             )
         )
         nodes = _checked(lambda: lower(graph, weights, program))
