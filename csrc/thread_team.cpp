@@ -37,6 +37,13 @@ void wait_while(const std::atomic<uint32_t>& word, uint32_t old) {
 
 }  // namespace
 
+namespace {
+
+// ns of runs after which it is judged whether members stay out.
+constexpr int64_t kWindow = 10'000'000;
+
+}  // namespace
+
 ThreadTeam::ThreadTeam(int size, std::vector<std::vector<int>> cpus) : size_(size), cpus_(std::move(cpus)) {
   if (size < 1 || size > static_cast<int>(kMostMembers))
     throw std::invalid_argument("a team has 1 to 1024 threads, not " + std::to_string(size));
@@ -107,12 +114,11 @@ void ThreadTeam::run(const std::function<void(int)>& body) {
     counts_[member].barriers = 0;
     for (Cursors& cursors : cursors_) cursors[member].taken.store(0, std::memory_order_relaxed);
   }
+  judged_ = window_ >= kWindow;
   const int64_t begin = size_ > 1 ? now_ns() : 0;
-  if (size_ > 1) queued_ -= queued_ns();
   if (active_ > 1) post(active_);
-  body(0);
-  barrier(0);
-  if (size_ > 1) adapt(begin);
+  take_part(0);
+  if (size_ > 1) adapt(now_ns() - begin);
   std::fesetenv(&callers);
 }
 
@@ -122,22 +128,29 @@ void ThreadTeam::post(int active) {
   job_.notify_all();
 }
 
-void ThreadTeam::adapt(int64_t begin) {
-  constexpr int64_t kWindow = 10'000'000, kShortest = 50'000'000, kLongest = 1'600'000'000;
-  const int64_t taken = now_ns() - begin;
+void ThreadTeam::take_part(int member) {
+  (*body_)(member);
+  if (judged_) counts_[member].queued = queued_ns();
+  barrier(member);
+}
+
+void ThreadTeam::adapt(int64_t taken) {
+  constexpr int64_t kShortest = 50'000'000, kLongest = 1'600'000'000;
   window_ += taken;
   settled_ += taken;
-  queued_ += queued_ns();
-  if (window_ < kWindow) return;
-  for (int member = 1; member < active_; ++member) {
+  if (!judged_) return;
+  int64_t queued = 0;
+  for (int member = 0; member < active_; ++member) {
     Member& m = counts_[member];
-    queued_ += m.queued - m.judged;
+    if (member > 0 || caller_ == std::this_thread::get_id()) queued += m.queued - m.judged;
+    m.judged = m.queued;
   }
+  caller_ = std::this_thread::get_id();
   // Whoever is queued, all wait: beyond this, that costs more than one member does.
-  const bool crowded = queued_ * active_ > window_;
+  const bool crowded = queued * active_ > window_;
   int next = active_;
   if (active_ > 1 && crowded) {
-    next = active_ - static_cast<int>(std::clamp<int64_t>(queued_ / window_, 1, active_ - 1));
+    next = active_ - static_cast<int>(std::clamp<int64_t>(queued / window_, 1, active_ - 1));
     // Soon after more were tried, it was too early.
     patience_ = settled_ < 5 * kWindow ? std::clamp(2 * patience_, kShortest, kLongest) : kShortest;
   } else if (active_ < size_ && settled_ >= patience_) {
@@ -145,8 +158,7 @@ void ThreadTeam::adapt(int64_t begin) {
   }
   if (next != active_) settled_ = 0;
   active_ = next;
-  window_ = queued_ = 0;
-  for (int member = 1; member < size_; ++member) counts_[member].judged = counts_[member].queued;
+  window_ = 0;
 }
 
 void ThreadTeam::work(int member, uint32_t seen) {
@@ -158,9 +170,7 @@ void ThreadTeam::work(int member, uint32_t seen) {
     seen = job_.load(std::memory_order_acquire);
     if (stop_) return;
     if (member > static_cast<int>(seen % kMostMembers)) continue;
-    (*body_)(member);
-    counts_[member].queued = queued_ns();
-    barrier(member);
+    take_part(member);
   }
 }
 

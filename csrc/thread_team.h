@@ -59,7 +59,7 @@ class ThreadTeam {
   // What a member has done so far; inside run for members themselves.
   struct Count {
     int64_t barriers = 0;            // of the run
-    int64_t waited = 0, queued = 0;  // ns at barriers, while that was timed; ns for a CPU, as of the last run
+    int64_t waited = 0, queued = 0;  // ns at barriers, while that was timed; ns for a CPU, as last judged
   };
   const Count& count(int member) const { return counts_[member]; }
 
@@ -69,7 +69,7 @@ class ThreadTeam {
   };
   using Cursors = std::unique_ptr<Cursor[]>;
   struct alignas(64) Member : Count {
-    int64_t judged = 0;  // `queued` as `adapt` last saw it
+    int64_t judged = 0;  // `queued` as of the time before
   };
   static constexpr uint32_t kMostMembers = 1024;
 
@@ -80,7 +80,8 @@ class ThreadTeam {
   void stop();
   void post(int active);
   void work(int member, uint32_t seen);
-  void adapt(int64_t begin);
+  void take_part(int member);
+  void adapt(int64_t taken);
 
   const int size_;
   const std::vector<std::vector<int>> cpus_;  // [size_]
@@ -90,9 +91,11 @@ class ThreadTeam {
   bool stop_ = false, timed_ = false;
   const std::function<void(int)>* body_ = nullptr;
   int active_ = 0;  // members that take part
-  // What `adapt` goes by, in ns of runs: since it last decided, and since then those that members waited for CPUs;
-  // since the number of members was changed; how long it stays down once it was lowered.
-  int64_t window_ = 0, queued_ = 0, settled_ = 0, patience_ = 0;
+  // What `adapt` goes by: whether it decides after this run; ns of runs since it did and since the number of members was
+  // changed; how long it stays down once it was lowered; who called the last run it judged.
+  bool judged_ = false;
+  int64_t window_ = 0, settled_ = 0, patience_ = 0;
+  std::thread::id caller_;
   Cursors cursors_[2];
   std::unique_ptr<Member[]> counts_;
   alignas(64) std::atomic<uint32_t> arrived_{0};
