@@ -88,7 +88,8 @@ class ThreadTeam {
   std::vector<std::thread> threads_;
   std::mutex run_mutex_;
   int64_t process_ = 0;
-  bool stop_ = false, timed_ = false;
+  std::atomic<bool> stop_{false};
+  bool timed_ = false;
   const std::function<void(int)>* body_ = nullptr;
   int active_ = 0;  // members that take part
   // What `adapt` goes by: whether it decides after this run; ns of runs since it did and since the number of members was
