@@ -112,7 +112,8 @@ void sample(Program& p, nb::handle structs, In<int32_t, 1> history, In<int64_t, 
             In<int32_t, 1> ask_ids, In<int64_t, 1> ask_starts, In<uint32_t, 2> masks, Out<int32_t, 1> tokens,
             Out<float, 1> mirostat_mu, Out<float, 1> logprobs, Out<int32_t, 1> ranks, Out<int32_t, 2> top_ids,
             Out<float, 2> top_logprobs, Out<float, 1> ask_logprobs, Out<int32_t, 1> ask_ranks) {
-  const Structs rows(structs, sizeof(hexad::SampleRow), "a sample row has another size than the native struct");
+  const Structs rows(structs, sizeof(hexad::SampleRow),
+                     "a sample row has another size than the native struct");
   const size_t n = rows.size();
   require(tokens.shape(0) == n && mirostat_mu.shape(0) == n && logprobs.shape(0) == n &&
               ranks.shape(0) == n && top_ids.shape(0) == n && top_logprobs.shape(0) == n,
@@ -217,12 +218,12 @@ NB_MODULE(_native, m) {
       .def(
           "__init__",
           [](Program* self, const std::string& isa, int threads, bool quantised, const std::string& kv_dtype,
-             int64_t max_rows, int64_t max_seqs, int64_t kv_blocks) {
-            new (self) Program(hexad::Options{isa, threads, quantised, kv_dtype_of(kv_dtype), max_rows,
-                                              max_seqs, kv_blocks});
+             int64_t max_rows, int64_t max_seqs, int64_t kv_blocks, std::vector<std::vector<int>> cpus) {
+            new (self) Program(hexad::Options{isa, threads, std::move(cpus), quantised, kv_dtype_of(kv_dtype),
+                                              max_rows, max_seqs, kv_blocks});
           },
           nb::kw_only(), "isa"_a, "threads"_a, "quantised"_a, "kv_dtype"_a, "max_rows"_a, "max_seqs"_a,
-          "kv_blocks"_a)
+          "kv_blocks"_a, "cpus"_a = std::vector<std::vector<int>>{})
       .def("add_weight", &Program::add_weight, "stored"_a, "rows"_a, "columns"_a)
       .def(
           "add_vector",
@@ -271,6 +272,16 @@ NB_MODULE(_native, m) {
            "top_ids"_a.noconvert(), "top_logprobs"_a.noconvert(), "ask_logprobs"_a.noconvert(),
            "ask_ranks"_a.noconvert())
       .def("copy_blocks", &copy_blocks, "pairs"_a.noconvert())
+      .def(
+          "profile",
+          [](Program& p) {
+            std::vector<std::tuple<int64_t, int64_t, double, double>> times;
+            for (const hexad::OpTime& t : p.profile())
+              times.emplace_back(t.runs, t.barriers, t.seconds, t.waited);
+            return times;
+          },
+          "Times every op from the first call on: (runs, barriers, seconds, seconds waited); see "
+          "csrc/program.h.")
       .def_prop_ro("samples", &Program::samples)
       .def_prop_ro("vocab", &Program::vocab)
       .def_prop_ro("hidden_size", &Program::hidden_size)

@@ -1,5 +1,7 @@
 #include "platform.h"
 
+#include <fcntl.h>
+#include <sched.h>
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -8,6 +10,8 @@
 #endif
 
 #include <cerrno>
+#include <chrono>
+#include <cstdlib>
 #include <cstring>
 #include <new>
 
@@ -30,6 +34,65 @@ void read_file(int file, int64_t start, size_t bytes, void* to) {
     start += n;
     bytes -= static_cast<size_t>(n);
   }
+}
+
+int64_t now_ns() {
+  using Clock = std::chrono::steady_clock;
+  return std::chrono::duration_cast<std::chrono::nanoseconds>(Clock::now().time_since_epoch()).count();
+}
+
+OnCpus::OnCpus(const std::vector<int>& cpus) {
+#ifdef __linux__
+  if (cpus.empty()) return;
+  cpu_set_t before, wanted;
+  CPU_ZERO(&wanted);
+  for (int cpu : cpus)
+    if (cpu >= 0 && cpu < CPU_SETSIZE) CPU_SET(cpu, &wanted);
+  if (sched_getaffinity(0, sizeof before, &before) != 0) return;
+  if (sched_setaffinity(0, sizeof wanted, &wanted) != 0) return;
+  before_.assign(reinterpret_cast<char*>(&before), reinterpret_cast<char*>(&before + 1));
+#else
+  (void)cpus;
+#endif
+}
+
+OnCpus::~OnCpus() {
+#ifdef __linux__
+  if (before_.empty()) return;
+  cpu_set_t before;
+  std::memcpy(&before, before_.data(), sizeof before);
+  sched_setaffinity(0, sizeof before, &before);
+#endif
+}
+
+namespace {
+
+struct File {
+  int number = -1;
+  int64_t process = 0;
+  ~File() { reset(); }
+  void reset() {
+    if (number >= 0) close(number);
+    number = -1;
+  }
+};
+
+}  // namespace
+
+int64_t queued_ns() {
+  // Linux: time on a CPU, time waiting for one, number of turns.
+  thread_local File file;
+  if (file.process != process_id()) {  // the first time, and in a forked child
+    file.reset();
+    file.number = open("/proc/thread-self/schedstat", O_RDONLY | O_CLOEXEC);
+    file.process = process_id();
+  }
+  char text[64];
+  const ssize_t length = file.number < 0 ? 0 : pread(file.number, text, sizeof text - 1, 0);
+  if (length <= 0) return 0;
+  text[length] = 0;
+  const char* second = std::strchr(text, ' ');
+  return second == nullptr ? 0 : std::strtoll(second, nullptr, 10);
 }
 
 void* allocate_bytes(size_t bytes) {

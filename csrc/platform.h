@@ -6,6 +6,7 @@
 #include <memory>
 #include <new>
 #include <stdexcept>
+#include <vector>
 
 namespace hexad {
 
@@ -18,6 +19,24 @@ struct ReadError : std::runtime_error {
 };
 // Reads bytes [start, start + bytes) of an open file. Throws ReadError.
 void read_file(int file, int64_t start, size_t bytes, void* to);
+// Of a clock that never goes back.
+int64_t now_ns();
+
+// How long the calling thread has waited for a CPU that others were using, since it began; 0 where the system does
+// not tell.
+int64_t queued_ns();
+
+// Keeps the calling thread on these CPUs until the object ends; wherever it is, if none are given or the system refuses.
+class OnCpus {
+ public:
+  explicit OnCpus(const std::vector<int>& cpus);
+  ~OnCpus();
+  OnCpus(const OnCpus&) = delete;
+  OnCpus& operator=(const OnCpus&) = delete;
+
+ private:
+  std::vector<char> before_;  // the system's own set; empty: nothing was changed
+};
 
 // Zeroed memory, 64-byte aligned, in huge pages where the system offers them; pages are touched on first use.
 // Throws std::bad_alloc.

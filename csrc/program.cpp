@@ -37,8 +37,25 @@ constexpr int64_t kMost = int64_t{1} << 31;  // of features, heads, layers, rows
 
 }  // namespace
 
+std::vector<OpTime> Timer::times() const {
+  std::vector<OpTime> times(members_.front().size());
+  for (size_t part = 0; part < times.size(); ++part) {
+    const Sums& first = members_.front()[part];  // takes part in every run
+    int64_t runs = 0;
+    double waited = 0;
+    for (const std::vector<Sums>& sums : members_) {
+      runs += sums[part].runs;
+      waited += 1e-9 * static_cast<double>(sums[part].waited);
+    }
+    const double mean = runs == 0 ? 0 : waited * static_cast<double>(first.runs) / static_cast<double>(runs);
+    const double seconds = 1e-9 * static_cast<double>(first.ns);
+    times[part] = {first.runs, first.barriers, seconds, std::min(mean, seconds)};
+  }
+  return times;
+}
+
 Program::Program(const Options& options)
-    : kernels_(kernels_for(options.isa)), options_(options), team_(options.threads) {
+    : kernels_(kernels_for(options.isa)), options_(options), team_(options.threads, options.cpus) {
   require(options.threads >= 1 && options.threads <= 1024, "threads must be between 1 and 1024");
   require(options.max_rows >= 1 && options.max_seqs >= 1 && options.kv_blocks >= 1,
           "limits must be positive");
@@ -337,7 +354,7 @@ void touch(const Memory<T>& memory, Loop&& loop) {
 
 void Program::prefault() {
   require(sealed_, "a program is prefaulted once it is sealed");
-  const Busy busy(busy_);
+  const Call call(*this);
   team_.run([&](int member) {
     const auto shared = [&](size_t runs, auto&& body) {
       team_.loop(member, static_cast<int64_t>(runs), body);
@@ -391,7 +408,7 @@ int64_t Program::workspace_bytes() const {
 }
 
 void Program::forward(const BatchView& batch) {
-  const Busy busy(busy_);
+  const Call call(*this);
   require(sealed_ && (packed_ || weights_.empty()), "the program is not sealed, or has no weights yet");
   require(batch.rows >= 1 && batch.rows <= options_.max_rows,
           "a step of " + std::to_string(batch.rows) + " rows; 1 to " + std::to_string(options_.max_rows) +
@@ -434,7 +451,9 @@ void Program::forward(const BatchView& batch) {
   batch_ = batch;
   samples_ = batch.samples;
   team_.run([&](int member) {
-    for (const auto& op : ops_) op->run(*this, member, 0, op->sampled ? batch_.samples : batch_.rows);
+    for (size_t i = 0; i < ops_.size(); ++i)
+      timer_.time(team_, member, i,
+                  [&] { ops_[i]->run(*this, member, 0, ops_[i]->sampled ? batch_.samples : batch_.rows); });
   });
   batch_ = {};
 }
@@ -471,17 +490,30 @@ void Program::check_head(int64_t rows) const {
                                 std::to_string(samples_) + " sample rows");
 }
 
+void Program::run_head(int member, int64_t begin, int64_t rows) {
+  timer_.time(team_, member, ops_.size(), [&] { head_->run(*this, member, begin, rows); });
+}
+
+std::vector<OpTime> Program::profile() {
+  require(sealed_, "a program is profiled once it is sealed");
+  const Call call(*this);
+  if (!timer_.on()) timer_.begin(team_, ops_.size() + 2);
+  std::vector<OpTime> times = timer_.times();
+  times.push_back(calls_);
+  return times;
+}
+
 void Program::logits(float* out, int64_t rows) {
-  const Busy busy(busy_);
+  const Call call(*this);
   check_head(rows);
   for (int64_t begin = 0; begin < rows; begin += kLogitRows) {
     head_->head_out = out + begin * vocab();
-    team_.run([&](int member) { head_->run(*this, member, begin, std::min(kLogitRows, rows - begin)); });
+    team_.run([&](int member) { run_head(member, begin, std::min(kLogitRows, rows - begin)); });
   }
 }
 
 void Program::hidden(float* out, int64_t rows) {
-  const Busy busy(busy_);
+  const Call call(*this);
   check_head(rows);
   const int64_t size = hidden_size();
   team_.run([&](int member) {
@@ -496,7 +528,7 @@ void Program::hidden(float* out, int64_t rows) {
 }
 
 void Program::sample(const SampleBatch& wanted, const SampleOutput& output) {
-  const Busy busy(busy_);
+  const Call call(*this);
   check_head(wanted.count);
   wanted.check(vocab());
   int64_t longest = 0;
@@ -518,25 +550,27 @@ void Program::sample(const SampleBatch& wanted, const SampleOutput& output) {
         team_.loop(member, rows, [&](int64_t i) { skip_row(wanted, begin + i, output); });
         continue;
       }
-      head_->run(*this, member, begin, rows);
-      // By columns, as the panels were: a member finds most of what it reads in its own cache.
-      team_.loop(member, kMaximaTasks * rows, [&](int64_t task) {
-        const int64_t i = task % rows, part = task / rows;
-        const int64_t from = blocks * part / kMaximaTasks, to = blocks * (part + 1) / kMaximaTasks;
-        kernels_.block_maxima(logits_tile_.get() + i * width + from * kLogitBlock,
-                              std::min(to * kLogitBlock, width) - from * kLogitBlock,
-                              logits_maxima_.get() + i * blocks + from);
-      });
-      team_.loop(member, rows, [&](int64_t i) {
-        sample_row(kernels_, logits_tile_.get() + i * width, logits_maxima_.get() + i * blocks, width, wanted,
-                   begin + i, scratch_[at(member)].sampler, output);
+      run_head(member, begin, rows);
+      timer_.time(team_, member, ops_.size() + 1, [&] {
+        // By columns, as the panels were: a member finds most of what it reads in its own cache.
+        team_.loop(member, kMaximaTasks * rows, [&](int64_t task) {
+          const int64_t i = task % rows, part = task / rows;
+          const int64_t from = blocks * part / kMaximaTasks, to = blocks * (part + 1) / kMaximaTasks;
+          kernels_.block_maxima(logits_tile_.get() + i * width + from * kLogitBlock,
+                                std::min(to * kLogitBlock, width) - from * kLogitBlock,
+                                logits_maxima_.get() + i * blocks + from);
+        });
+        team_.loop(member, rows, [&](int64_t i) {
+          sample_row(kernels_, logits_tile_.get() + i * width, logits_maxima_.get() + i * blocks, width,
+                     wanted, begin + i, scratch_[at(member)].sampler, output);
+        });
       });
     }
   });
 }
 
 void Program::copy_blocks(const int64_t* pairs, int64_t count) {
-  const Busy busy(busy_);
+  const Call call(*this);
   for (int64_t i = 0; i < 2 * count; ++i)
     require(pairs[i] >= 0 && pairs[i] < options_.kv_blocks,
             "KV block " + std::to_string(pairs[i]) + " does not exist");

@@ -22,7 +22,8 @@ namespace hexad {
 struct Options {
   std::string isa;  // empty: the best here
   int threads = 1;
-  bool quantised = true;  // multiply quantised weights with int8 activations
+  std::vector<std::vector<int>> cpus = {};  // that each thread stays on; empty: left to the system
+  bool quantised = true;                    // multiply quantised weights with int8 activations
   KvDtype kv_dtype = KvDtype::kF16;
   int64_t max_rows = 1;
   int64_t max_seqs = 1;
@@ -83,6 +84,47 @@ inline size_t at(int64_t i) { return static_cast<size_t>(i); }
 class Program;
 struct LinearOp;
 
+// Sums since timing began, of the caller's time. waited: of it, what members spent at barriers, a mean over those
+// that took part. barriers: met in all runs together.
+struct OpTime {
+  int64_t runs = 0, barriers = 0;
+  double seconds = 0, waited = 0;
+};
+
+// Times what a team does part by part, if it is switched on.
+class Timer {
+ public:
+  void begin(ThreadTeam& team, size_t parts) {
+    members_.assign(static_cast<size_t>(team.size()), std::vector<Sums>(parts));
+    team.time_waiting(true);
+    on_ = true;
+  }
+  bool on() const { return on_; }
+
+  // Calls f() on behalf of a member, as the given part.
+  template <class F>
+  void time(const ThreadTeam& team, int member, size_t part, F&& f) {
+    if (!on_) return f();
+    const ThreadTeam::Count before = team.count(member);
+    const int64_t begin = now_ns();
+    f();
+    const ThreadTeam::Count& after = team.count(member);
+    Sums& sums = members_[static_cast<size_t>(member)][part];
+    sums.runs += 1;
+    sums.ns += now_ns() - begin;
+    sums.waited += after.waited - before.waited;
+    sums.barriers += after.barriers - before.barriers;
+  }
+  std::vector<OpTime> times() const;
+
+ private:
+  struct Sums {
+    int64_t runs = 0, ns = 0, waited = 0, barriers = 0;
+  };
+  std::vector<std::vector<Sums>> members_;  // a member's own array each: no two write to one cache line
+  bool on_ = false;
+};
+
 // Per-member working memory, sized when the program is sealed.
 struct Scratch {
   Memory<float> rows;             // normed rows of one tile
@@ -101,19 +143,6 @@ class Op {
   // Runs on every member of the team. `begin`, `rows`: the rows of the op's domain to compute.
   virtual void run(Program& program, int member, int64_t begin, int64_t rows) = 0;
   bool sampled = false;  // its rows are the batch's sample rows, not all its tokens
-};
-
-// Holds the program for one call.
-class Busy {
- public:
-  explicit Busy(std::atomic_flag& flag) : flag_(flag) {
-    if (flag_.test_and_set(std::memory_order_acquire))
-      throw std::logic_error("the program is busy: it takes one call at a time");
-  }
-  ~Busy() { flag_.clear(std::memory_order_release); }
-
- private:
-  std::atomic_flag& flag_;
 };
 
 class Program {
@@ -159,6 +188,10 @@ class Program {
   void hidden(float* out, int64_t rows);
   // Copies KV blocks, each pair a source and a destination, in order.
   void copy_blocks(const int64_t* pairs, int64_t count);
+
+  // Times every op from the first call on, which costs a few µs a step. Returns, in this order, what the ops took
+  // (a rope's table is an op), the logits, drawing tokens from them, and whole calls (`waited` is 0 there).
+  std::vector<OpTime> profile();
 
   int64_t samples() const { return samples_; }
   int64_t vocab() const;
@@ -227,10 +260,34 @@ class Program {
   void check_vector(int vector, int64_t n, const char* what) const;
   const Weight& check_weight(int weight) const;
   void check_head(int64_t rows) const;
+  void run_head(int member, int64_t begin, int64_t rows);
   void add_op(std::unique_ptr<Op> op);
+
+  // Holds the program for one call, and times it where that is wanted.
+  class Call {
+   public:
+    explicit Call(Program& program) : program_(program) {
+      if (program_.busy_.test_and_set(std::memory_order_acquire))
+        throw std::logic_error("the program is busy: it takes one call at a time");
+      if (program_.timer_.on()) begin_ = now_ns();
+    }
+    ~Call() {
+      if (begin_ != 0) {
+        program_.calls_.runs += 1;
+        program_.calls_.seconds += 1e-9 * static_cast<double>(now_ns() - begin_);
+      }
+      program_.busy_.clear(std::memory_order_release);
+    }
+
+   private:
+    Program& program_;
+    int64_t begin_ = 0;
+  };
 
   std::vector<std::unique_ptr<Op>> ops_;
   std::unique_ptr<LinearOp> head_;
+  Timer timer_;
+  OpTime calls_;
   int head_weight_ = -1;
   Memory<float> logits_tile_, logits_maxima_;
   int64_t samples_ = 0;

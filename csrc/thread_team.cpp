@@ -1,9 +1,11 @@
 #include "thread_team.h"
 
+#include <algorithm>
 #include <cfenv>
 #include <chrono>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 #include "platform.h"
 
@@ -35,16 +37,32 @@ void wait_while(const std::atomic<uint32_t>& word, uint32_t old) {
 
 }  // namespace
 
-ThreadTeam::ThreadTeam(int size) : size_(size) {
-  if (size < 1 || size > 1024)
+namespace {
+
+// ns of runs after which it is judged whether members stay out.
+constexpr int64_t kWindow = 10'000'000;
+
+}  // namespace
+
+ThreadTeam::ThreadTeam(int size, std::vector<std::vector<int>> cpus) : size_(size), cpus_(std::move(cpus)) {
+  if (size < 1 || size > static_cast<int>(kMostMembers))
     throw std::invalid_argument("a team has 1 to 1024 threads, not " + std::to_string(size));
+  if (!cpus_.empty() && cpus_.size() != static_cast<size_t>(size))
+    throw std::invalid_argument("CPUs of " + std::to_string(cpus_.size()) + " threads for a team of " +
+                                std::to_string(size));
   start();
+}
+
+const std::vector<int>& ThreadTeam::cpus(int member) const {
+  static const std::vector<int> kAny;
+  return cpus_.empty() ? kAny : cpus_[static_cast<size_t>(member)];
 }
 
 void ThreadTeam::start() {
   for (Cursors& cursors : cursors_) cursors.reset(new Cursor[static_cast<size_t>(size_)]);
-  counts_.reset(new Count[static_cast<size_t>(size_)]);
+  counts_.reset(new Member[static_cast<size_t>(size_)]);
   arrived_ = 0;
+  active_ = size_;
   const uint32_t seen = job_.load();
   try {
     for (int member = 1; member < size_; ++member)
@@ -58,8 +76,7 @@ void ThreadTeam::start() {
 
 void ThreadTeam::stop() {
   stop_ = true;
-  job_.fetch_add(1, std::memory_order_release);
-  job_.notify_all();
+  post(size_);
   for (std::thread& thread : threads_) thread.join();
   threads_.clear();
   stop_ = false;
@@ -91,22 +108,69 @@ void ThreadTeam::run(const std::function<void(int)>& body) {
   std::fenv_t callers;
   std::fegetenv(&callers);
   std::fesetenv(FE_DFL_ENV);
+  const OnCpus stay(cpus(0));
   body_ = &body;
-  job_.fetch_add(1, std::memory_order_release);
-  job_.notify_all();
-  body(0);
-  barrier(0);
+  for (int member = 0; member < active_; ++member) {
+    counts_[member].barriers = 0;
+    for (Cursors& cursors : cursors_) cursors[member].taken.store(0, std::memory_order_relaxed);
+  }
+  judged_ = window_ >= kWindow;
+  const int64_t begin = size_ > 1 ? now_ns() : 0;
+  if (active_ > 1) post(active_);
+  take_part(0);
+  if (size_ > 1) adapt(now_ns() - begin);
   std::fesetenv(&callers);
+}
+
+void ThreadTeam::post(int active) {
+  const uint32_t number = job_.load(std::memory_order_relaxed) / kMostMembers + 1;
+  job_.store(number * kMostMembers + static_cast<uint32_t>(active - 1), std::memory_order_release);
+  job_.notify_all();
+}
+
+void ThreadTeam::take_part(int member) {
+  (*body_)(member);
+  if (judged_) counts_[member].queued = queued_ns();
+  barrier(member);
+}
+
+void ThreadTeam::adapt(int64_t taken) {
+  constexpr int64_t kShortest = 50'000'000, kLongest = 1'600'000'000;
+  window_ += taken;
+  settled_ += taken;
+  if (!judged_) return;
+  int64_t queued = 0;
+  for (int member = 0; member < active_; ++member) {
+    Member& m = counts_[member];
+    if (member > 0 || caller_ == std::this_thread::get_id()) queued += m.queued - m.judged;
+    m.judged = m.queued;
+  }
+  caller_ = std::this_thread::get_id();
+  // Whoever is queued, all wait: beyond this, that costs more than one member does.
+  const bool crowded = queued * active_ > window_;
+  int next = active_;
+  if (active_ > 1 && crowded) {
+    next = active_ - static_cast<int>(std::clamp<int64_t>(queued / window_, 1, active_ - 1));
+    // Soon after more were tried, it was too early.
+    patience_ = settled_ < 5 * kWindow ? std::clamp(2 * patience_, kShortest, kLongest) : kShortest;
+  } else if (active_ < size_ && settled_ >= patience_) {
+    next = active_ + (size_ - active_ + 1) / 2;
+  }
+  if (next != active_) settled_ = 0;
+  active_ = next;
+  window_ = 0;
 }
 
 void ThreadTeam::work(int member, uint32_t seen) {
   std::fesetenv(FE_DFL_ENV);
+  const OnCpus stay(cpus(member));
   for (;;) {
     wait_while(job_, seen);
-    ++seen;
+    // Who stays out may miss jobs, but none that it takes part in: that one does not end without it.
+    seen = job_.load(std::memory_order_acquire);
     if (stop_) return;
-    (*body_)(member);
-    barrier(member);
+    if (member > static_cast<int>(seen % kMostMembers)) continue;
+    take_part(member);
   }
 }
 
@@ -114,12 +178,16 @@ void ThreadTeam::barrier(int member) {
   // The other parity's cursors were last used before the previous barrier: nobody reads them now.
   cursors_[parity(member) ^ 1][member].taken.store(0, std::memory_order_relaxed);
   ++counts_[member].barriers;
-  if (size_ == 1) return;
+  if (active_ == 1) return;
   const uint32_t generation = generation_.load(std::memory_order_relaxed);
-  if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == static_cast<uint32_t>(size_)) {
+  if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == static_cast<uint32_t>(active_)) {
     arrived_.store(0, std::memory_order_relaxed);
     generation_.fetch_add(1, std::memory_order_release);
     generation_.notify_all();
+  } else if (timed_) {
+    const int64_t begin = now_ns();
+    wait_while(generation_, generation);
+    counts_[member].waited += now_ns() - begin;
   } else {
     wait_while(generation_, generation);
   }

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+import time
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -309,3 +311,38 @@ def test_limits_are_filled_exactly() -> None:
     executable.forward(batch)
     assert np.isfinite(executable.logits()).all()
     assert executable.logits().shape == (64, 160)
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="threads cannot be bound here")
+def test_threads_stay_on_their_cpus_during_runs() -> None:
+    allowed = sorted(os.sched_getaffinity(0))
+    cpus = [[allowed[0]], [allowed[-1]], allowed]
+
+    def of_threads() -> list[set[int]]:
+        threads = [int(task.name) for task in Path("/proc/self/task").iterdir()]
+        return [os.sched_getaffinity(thread) for thread in threads if thread not in before]
+
+    before = {int(task.name) for task in Path("/proc/self/task").iterdir()}
+    settings: dict[str, Any] = {
+        "isa": "", "quantised": True, "kv_dtype": "f32", "max_rows": 1, "max_seqs": 1, "kv_blocks": 1,
+    }  # fmt: skip
+    program = _native.Program(threads=3, cpus=cpus, **settings)
+    weight = program.add_weight("F32", 320, 32)
+    program.pack_weight(weight, "F32", np.zeros(320 * 32 * 4, np.uint8))  # a run: all have begun
+    assert sorted(map(sorted, of_threads())) == sorted(cpus[1:])
+    assert os.sched_getaffinity(0) == set(allowed)  # the caller is free again
+    del program
+    with pytest.raises(ValueError, match="CPUs of 3 threads for a team of 2"):
+        _native.Program(threads=2, cpus=cpus, **settings)
+
+
+def test_members_that_stay_out_change_nothing() -> None:
+    """Eight threads wait for each other's CPUs wherever there are fewer: some are left out of runs, and
+    taken in again (csrc/thread_team.h)."""
+    alone, crowd = compiled(1), compiled(8)
+    alone.forward(GOOD)
+    expected = alone.logits()
+    end = time.monotonic() + 0.5
+    while time.monotonic() < end:
+        crowd.forward(GOOD)
+        assert np.array_equal(crowd.logits(), expected)

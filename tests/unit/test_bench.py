@@ -262,6 +262,46 @@ class TestTiny:
         status, out, _ = bench("latency", "--output-len", 1, "--iters", 1)
         assert (status, "prefill" in out, "decode" in out) == (0, True, False)
 
+    def test_profile(self) -> None:
+        sizes = ("--batch-size", 3, "--input-len", 9, "--output-len", 4, "--iters", 2, "--warmup", 1)
+        status, out, err = bench("latency", *sizes, "--json", "-", "--profile")
+        assert status == 0
+        record = json.loads(out)
+        prefill, decode = record["profile"]
+        assert (prefill["phase"], decode["phase"]) == ("prefill", "decode")
+        assert (prefill["steps"], decode["steps"]) == (2 * 1, 2 * 3)
+        whole = sum(record["batch_seconds"])
+        assert prefill["seconds"] + decode["seconds"] == pytest.approx(whole)
+        names = [
+            "embed F32", "q+k+v F32", "attention", "o F32", "gate+up F32", "down F32", "take_rows",
+            "logits F32", "rope table", "sampling", "begin and end of calls", "Python between calls",
+        ]  # fmt: skip
+        for phase in (prefill, decode):
+            parts = {part["name"]: part for part in phase["parts"]}
+            assert list(parts) == names
+            assert sum(part["seconds"] for part in parts.values()) == pytest.approx(phase["seconds"])
+            assert all(part["seconds"] >= part["waited_seconds"] >= 0 for part in parts.values())
+            assert parts["q+k+v F32"]["runs"] == 2 * phase["steps"]  # layers
+            assert parts["sampling"]["runs"] == phase["steps"]
+            assert phase["limit_seconds"] <= sum(part["limit_seconds"] for part in parts.values())
+            title, *rows = err[err.index(f"\n{phase['phase']}, ") :].strip().split("\n\n")[0].splitlines()
+            assert "limit %" in title
+            assert [row[:32].strip() for row in rows] == [*names, "all"]
+        # The figures beside the table are about the same work.
+        limit = 2 * 3 * 9 / prefill["limit_seconds"]
+        assert limit == pytest.approx(record["figures"]["limit_prefill_tok_s"])
+
+    def test_profile_of_a_workload(self) -> None:
+        sizes = ("--num-prompts", 3, "--input-len", 9, "--output-len", 4)
+        status, out, _ = bench("throughput", *sizes, "--json", "-", "--profile")
+        assert status == 0
+        record = json.loads(out)
+        (phase,) = record["profile"]
+        assert phase["seconds"] == record["figures"]["seconds"]
+        assert sum(part["seconds"] for part in phase["parts"]) == pytest.approx(phase["seconds"])
+        assert phase["limit_seconds"] / phase["seconds"] == pytest.approx(record["figures"]["limit_fraction"])
+        assert json.loads(bench("throughput", *sizes, "--json", "-")[1])["profile"] == []
+
     @pytest.mark.parametrize(
         ("arguments", "words"),
         [

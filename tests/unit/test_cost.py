@@ -9,7 +9,16 @@ import pytest
 from tests.tiny_models import TinyModel, dense, tiny_llama
 
 from hexad.graph import Graph
-from hexad.graph.cost import FLOAT_SHARE, Cost, NodeCost, cost, kv_bytes_per_token, limits, step_numbers
+from hexad.graph.cost import (
+    FLOAT_SHARE,
+    Cost,
+    NodeCost,
+    cost,
+    kv_bytes_per_token,
+    limits,
+    node_numbers,
+    step_numbers,
+)
 from hexad.graph.fuse import fuse
 from hexad.weights import Q4_0
 
@@ -150,3 +159,14 @@ def test_step_numbers_add_up_to_any_step() -> None:
     assert step_numbers(
         model.graph(), model.weights, kv_dtype="f16", weight_bytes=packed
     ).step_bytes == 1000 * len(packed)
+
+
+def test_node_numbers_add_up_to_the_steps() -> None:
+    model = tiny_llama(tied=False)
+    graph = fuse(model.graph())
+    numbers = node_numbers(graph, model.weights, kv_dtype="q8")
+    assert len(numbers) == len(graph.nodes)
+    total = step_numbers(graph, model.weights, kv_dtype="q8")
+    assert tuple(map(sum, zip(*numbers, strict=True))) == total
+    heads = [place for place, node in enumerate(graph.nodes) if node.op == "fused_logits"]
+    assert [place for place, n in enumerate(numbers) if n.draw_macs] == heads

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from hexad.config import BLOCK_TOKENS, EngineConfig
 from hexad.errors import ConfigError, InsufficientMemoryError
-from hexad.placement import Plan, cpu_count, free_memory, plan, probe
+from hexad.placement import Plan, cpu_count, free_memory, plan, probe, thread_cpus
 
 MIB, GIB = 2**20, 2**30
 
@@ -216,6 +216,35 @@ V1 = {"proc/self/cgroup": "5:cpu,cpuacct:/a/b\n4:memory:/a/b\n3:cpuset:/\n"}
 )
 def test_cpus_are_bounded_by_the_cgroup(tmp_path: Path, files: dict[str, str], cpus: int) -> None:
     assert cpu_count(machine(tmp_path, files)) == cpus
+
+
+def nodes(root: Path, *lists: str) -> Path:
+    for number, cpus in enumerate(lists):
+        file = root / f"sys/devices/system/node/node{number}/cpulist"
+        file.parent.mkdir(parents=True)
+        file.write_text(cpus)
+    return root
+
+
+def test_threads_belong_to_memory_nodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = [0, 1, 2, 8, 9, 10], [4, 5, 6]
+    # Number 3 is not allowed, node 2 has memory only, and node 10 comes after the others.
+    root = nodes(tmp_path, "0-3,8-10\n", "4-6\n", "\n", *["50\n"] * 7, "60\n")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {*first, *second, 60}, raising=False)
+    assert thread_cpus(10, root) == [first] * 6 + [second] * 3 + [[60]]
+    assert thread_cpus(5, root) == [first] * 3 + [second] * 2
+    assert thread_cpus(1, root) == [first]
+
+
+@pytest.mark.parametrize("lists", [(), ("0-7\n",), ("0-3\n", "8-15\n"), ("nonsense\n", "\n")])
+def test_threads_of_one_node_are_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lists: tuple[str, ...]
+) -> None:
+    root = nodes(tmp_path, *lists)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2}, raising=False)
+    assert thread_cpus(2, root) == []
+    monkeypatch.delattr(os, "sched_getaffinity")
+    assert thread_cpus(2, root) == []
 
 
 def test_cpus_without_affinity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

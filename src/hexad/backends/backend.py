@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -59,6 +59,35 @@ class Batch:
     sample_rows: NDArray[np.int32]
 
 
+class OpTime(NamedTuple):
+    """What one op took, summed over its runs. barriers: that each thread met. waited: of the seconds, what a
+    thread spent there on average, which is what the op's parts differ in and what waking threads takes."""
+
+    runs: int = 0
+    barriers: int = 0
+    seconds: float = 0.0
+    waited: float = 0.0
+
+    def plus(self, other: OpTime, sign: int = 1) -> OpTime:
+        """The sum; with sign −1 the difference."""
+        return OpTime(
+            self.runs + sign * other.runs,
+            self.barriers + sign * other.barriers,
+            self.seconds + sign * other.seconds,
+            self.waited + sign * other.waited,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """Where the time of an executable's calls went. nodes: of each node of the graph, in order. others: by
+    name, what no node stands for. calls: whole calls, whose parts these are; `waited` is not known there."""
+
+    nodes: Sequence[OpTime]
+    others: Mapping[str, OpTime]
+    calls: OpTime
+
+
 class Executable(Protocol):
     """A compiled graph with its KV cache. Not re-entrant: one call at a time."""
 
@@ -80,6 +109,9 @@ class Executable(Protocol):
 
     def copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:
         """Copies whole KV blocks, (source, destination) in order."""
+
+    def profile(self) -> Profile:
+        """The times since the first call of this, which begins to take them; without it nothing is timed."""
 
 
 class Backend(Protocol):

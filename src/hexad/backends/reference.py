@@ -6,14 +6,16 @@ in the dtype asked for. Written to be read, not to be fast.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import reduce
 from math import prod
 from typing import Any, ClassVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hexad.backends.backend import Batch, CompileOptions, Limits
+from hexad.backends.backend import Batch, CompileOptions, Limits, OpTime, Profile
 from hexad.backends.reference_sampler import sample
 from hexad.backends.sampling import SampleBatch, SampleOutput
 from hexad.config import BLOCK_TOKENS, CacheDtype
@@ -85,6 +87,8 @@ class ReferenceExecutable:
         empty = np.zeros((layers, 2, kv_heads, BLOCK_TOKENS, head_dim), np.float32)
         self.kv = np.stack([to_cache(empty, self.kv_dtype)] * limits.kv_blocks)
         self._dequantised: dict[str, Array] = {}
+        self._times = [OpTime()] * len(graph.nodes)
+        self._sampling = OpTime()
         self._logits: Array = np.zeros((0, graph.vocab_size), np.float32)
         self._hidden: Array = np.zeros((0, graph.nodes[graph.nodes[-1].inputs[0]].features), np.float32)
 
@@ -99,7 +103,9 @@ class ReferenceExecutable:
         last_use = {value: place for place, node in enumerate(self.graph.nodes) for value in node.inputs}
         values: dict[int, Array] = {}
         for place, node in enumerate(self.graph.nodes):
+            begin = time.perf_counter()
             values[place] = self.KERNELS[node.op](self, node, *(values[value] for value in node.inputs))
+            self._times[place] = self._times[place].plus(OpTime(1, 0, time.perf_counter() - begin))
             for value in set(node.inputs):
                 if last_use[value] == place:
                     del values[value]
@@ -115,7 +121,10 @@ class ReferenceExecutable:
 
     def sample(self, wanted: SampleBatch, output: SampleOutput | None = None) -> SampleOutput:
         """See `reference_sampler`. Raises BackendError where `wanted` does not fit."""
-        return sample(self._logits, wanted)
+        begin = time.perf_counter()
+        output = sample(self._logits, wanted)
+        self._sampling = self._sampling.plus(OpTime(1, 0, time.perf_counter() - begin))
+        return output
 
     def copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:
         """Copies whole KV blocks, (source, destination) in order."""
@@ -123,6 +132,11 @@ class ReferenceExecutable:
             if not (0 <= source < len(self.kv) and 0 <= destination < len(self.kv)):
                 raise BackendError(f"KV block copy {source} → {destination} outside {len(self.kv)} blocks")
             self.kv[destination] = self.kv[source]
+
+    def profile(self) -> Profile:
+        """See `Executable`. It is timed throughout."""
+        calls = reduce(OpTime.plus, self._times, self._sampling)
+        return Profile(list(self._times), {"sampling": self._sampling}, calls)
 
     def _check(self, batch: Batch) -> None:
         rows, starts = len(batch.tokens), batch.row_starts

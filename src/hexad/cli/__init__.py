@@ -376,6 +376,7 @@ Dataset = Annotated[
     typer.Option(help='Prompts instead: lines of text, or of JSON with "prompt" and perhaps "output_len".'),
 ]
 JsonFile = Annotated[Path | None, typer.Option(help="Write the figures to this file, too; - is stdout.")]
+ProfileOps = Annotated[bool, typer.Option("--profile", help="Show what each kind of op takes.")]
 PlotFile = Annotated[Path | None, typer.Option(help="Draw them to this file (needs hexad\\[plot]).")]
 
 
@@ -393,6 +394,7 @@ def throughput(
     seed: WorkloadSeed = 0,
     json: JsonFile = None,
     plot: PlotFile = None,
+    profile: ProfileOps = False,
     max_num_seqs: Annotated[int | None, typer.Option(help="Most sequences in one step.")] = None,
     max_num_batched_tokens: MaxNumBatchedTokens = None,
     max_step_ms: MaxStepMs = None,
@@ -427,7 +429,7 @@ def throughput(
         enable_prefix_caching=prefix_caching,
         **_settings(threads, max_model_len, compute, kv_dtype),
     )
-    throughput(model, settings, workload, Output(json, plot))
+    throughput(model, settings, workload, Output(json, plot), profile=profile)
 
 
 @bench.command()
@@ -441,6 +443,7 @@ def latency(
     seed: WorkloadSeed = 0,
     json: JsonFile = None,
     plot: PlotFile = None,
+    profile: ProfileOps = False,
     max_num_batched_tokens: MaxNumBatchedTokens = None,
     max_step_ms: MaxStepMs = None,
     kv_cache_gib: KVCacheGib = None,
@@ -461,7 +464,7 @@ def latency(
         kv_cache_gib=kv_cache_gib,
         **_settings(threads, max_model_len, compute, kv_dtype),
     )
-    latency(model, settings, workload, Output(json, plot), iters=iters, warmup=warmup)
+    latency(model, settings, workload, Output(json, plot), iters=iters, warmup=warmup, profile=profile)
 
 
 @bench.command("serve")

@@ -13,14 +13,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from hexad.cli import bench_plot, note
+from hexad.cli.bench_profile import Phase, kinds
 from hexad.cli.bench_run import Run, Spread, Work, decode_work, figures, prefill_work, run, work
 from hexad.cli.bench_workload import Job, Workload
 from hexad.errors import ConfigError
 
 if TYPE_CHECKING:
+    from hexad.backends.backend import Profile
     from hexad.graph.cost import StepNumbers
     from hexad.llm import LLM
     from hexad.placement import Hardware
+    from hexad.runner.model_runner import ModelRunner
 
 STDOUT = Path("-")
 
@@ -69,8 +72,11 @@ class Output:
         print("\n".join(lines), file=stdout)
 
 
-def throughput(model: str, settings: Mapping[str, Any], workload: Workload, output: Output) -> None:
-    """Runs all jobs of a workload, which arrive at once, and prints how fast. settings: of EngineConfig.
+def throughput(
+    model: str, settings: Mapping[str, Any], workload: Workload, output: Output, *, profile: bool = False
+) -> None:
+    """Runs all jobs of a workload, which arrive at once, and prints how fast, and with `profile` what each
+    kind of op takes of it. settings: of EngineConfig.
 
     Raises HexadErrors.
     """
@@ -83,7 +89,7 @@ def throughput(model: str, settings: Mapping[str, Any], workload: Workload, outp
         note(f"running {len(jobs)} requests …")
         run(llm.engine, WARM_UP.jobs(llm.get_tokenizer()))
         llm.reset_prefix_cache()
-        done = run(llm.engine, jobs)
+        done = run(llm.engine, jobs, _profiler(llm) if profile else None)
         machine = Machine.of(llm)
         config = llm.config
     found = figures([done])
@@ -91,6 +97,7 @@ def throughput(model: str, settings: Mapping[str, Any], workload: Workload, outp
         done, max_num_seqs=config.max_num_seqs, max_num_batched_tokens=config.max_num_batched_tokens
     )
     found["limit_fraction"] = machine.least_seconds(needed) / found["seconds"]
+    phases = [Phase.of("all", [done], slice(0, 3), needed, machine)] if profile else []
     rates = ("output_tok_s", "total_tok_s", "requests_per_s")
     found |= {f"limit_{rate}": found[rate] / found["limit_fraction"] for rate in rates}
     lines = [
@@ -100,12 +107,14 @@ def throughput(model: str, settings: Mapping[str, Any], workload: Workload, outp
         f"{'prefix cache':<16}{found['cached_tokens']:>10,} of {found['prompt_tokens']:,} prompt tokens",
         f"{'preemptions':<16}{found['preemptions']:>10,}",
         *_spreads(found),
+        *(line for phase in phases for line in phase.lines()),
     ]
     record = {
         **_record("throughput", model, llm, machine),
         "workload": {**asdict(workload), "dataset": workload.dataset and str(workload.dataset)},
         "figures": found,
         "requests": _requests(done),
+        "profile": [phase.record() for phase in phases],
     }
     output.write(record, lines, partial(bench_plot.plot, [done]))
 
@@ -118,9 +127,11 @@ def latency(
     *,
     iters: int,
     warmup: int,
+    profile: bool = False,
 ) -> None:
     """Runs batches of workload.num_prompts jobs at once, each with tokens of its own, and prints how long
-    they take. Raises ConfigError if a batch cannot run all at once, and other HexadErrors."""
+    they take, and with `profile` what each kind of op takes of it. Raises ConfigError if a batch cannot run
+    all at once, and other HexadErrors."""
     from hexad.llm import LLM
 
     output.check()
@@ -131,7 +142,8 @@ def latency(
         _check_context(llm, batches[0])
         _check_blocks(llm, batches[0])
         note(f"running {warmup} + {iters} batches …")
-        runs = [run(llm.engine, jobs) for jobs in batches][warmup:]
+        profiler = _profiler(llm) if profile else None
+        runs = [run(llm.engine, jobs, profiler) for jobs in batches][warmup:]
         machine = Machine.of(llm)
         config = llm.config
     jobs = runs[0].jobs
@@ -142,8 +154,11 @@ def latency(
         "prefill_tok_s": _median(runs, lambda r: prefill.tokens / r.last_first_token),
         "limit_prefill_tok_s": prefill.tokens / machine.least_seconds(prefill),
     }
+    phases = [Phase.of("prefill", runs, slice(0, 2), prefill, machine)] if profile else []
     if jobs[0].output_len > 1:
         decode = decode_work(jobs)
+        if profile:
+            phases.append(Phase.of("decode", runs, slice(1, 3), decode, machine))
         found["decode_tok_s"] = _median(runs, _decode_speed)
         found["limit_decode_tok_s"] = decode.tokens / machine.least_seconds(decode)
     lines = [
@@ -151,6 +166,7 @@ def latency(
         str(machine),
         *speeds(found, "prefill_tok_s", "decode_tok_s"),
         *_spreads(found, "batch"),
+        *(line for phase in phases for line in phase.lines()),
     ]
     record = {
         **_record("latency", model, llm, machine),
@@ -164,46 +180,62 @@ def latency(
         },
         "figures": found,
         "batch_seconds": [r.seconds for r in runs],
+        "profile": [phase.record() for phase in phases],
     }
     output.write(record, lines, partial(bench_plot.plot, runs))
 
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """What ran the model, and what it could do at best. cost: of the model's steps."""
+    """What ran the model, and what it could do at best. cost: of the model's steps. nodes: each node's kind
+    and its part of the cost."""
 
     cpu: str
     threads: int
     hardware: Hardware
     cost: StepNumbers
+    nodes: Sequence[tuple[str, StepNumbers]]
 
     @classmethod
     def of(cls, llm: LLM) -> Machine:
         """Measures the machine, which takes a moment."""
-        from hexad.graph.cost import step_numbers
-        from hexad.placement import probe
-        from hexad.runner.executor import LocalExecutor
+        from hexad.graph.cost import node_numbers, step_numbers
+        from hexad.placement import cpu_count, probe
 
-        executor = llm.engine.executor
-        assert isinstance(executor, LocalExecutor)
-        graph = executor.runner.graph
-        cost = step_numbers(graph, graph.weights, kv_dtype=llm.config.resolved_kv_dtype)
-        hardware = probe(llm.config.threads, rates=True)
-        threads = min(llm.config.threads or hardware.cpus, hardware.cpus)
-        return cls(cpu_name(), threads, hardware, cost)
+        graph, kv_dtype = _runner(llm).graph, llm.config.resolved_kv_dtype
+        threads = min(llm.config.threads or cpu_count(), cpu_count())
+        return cls(
+            cpu_name(),
+            threads,
+            probe(threads, rates=True),
+            step_numbers(graph, graph.weights, kv_dtype=kv_dtype),
+            list(zip(kinds(graph), node_numbers(graph, graph.weights, kv_dtype=kv_dtype), strict=True)),
+        )
 
-    def least_seconds(self, needed: Work) -> float:
-        """The least time that work takes here."""
+    def least_seconds(self, needed: Work, cost: StepNumbers | None = None) -> float:
+        """The least time that work takes here. cost: of what does it; the whole model if left out."""
         bandwidth, int8_rate = self.hardware.bandwidth, self.hardware.int8_rate
         assert bandwidth is not None
         assert int8_rate is not None
-        return needed.seconds(self.cost, bandwidth=bandwidth, int8_rate=int8_rate)
+        return needed.seconds(cost or self.cost, bandwidth=bandwidth, int8_rate=int8_rate)
 
     def __str__(self) -> str:
         threads = f"{self.threads} thread{'s' * (self.threads > 1)}"
         bandwidth, int8_rate = self.hardware.bandwidth or 0, self.hardware.int8_rate or 0
         rates = f"{bandwidth / 1e9:.1f} GB/s, {int8_rate / 1e9:,.0f} GMAC/s in int8"
         return f"{self.cpu}, {threads}, {self.hardware.isa}, {rates}; hexad {version('hexad')}"
+
+
+def _runner(llm: LLM) -> ModelRunner:
+    from hexad.runner.executor import LocalExecutor
+
+    executor = llm.engine.executor
+    assert isinstance(executor, LocalExecutor)
+    return executor.runner
+
+
+def _profiler(llm: LLM) -> Callable[[], Profile]:
+    return _runner(llm).executable.profile
 
 
 def _check_context(llm: LLM, jobs: Sequence[Job]) -> None:

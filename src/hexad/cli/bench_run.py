@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
@@ -14,6 +14,7 @@ from hexad.errors import BackendError
 from hexad.params import SamplingParams
 
 if TYPE_CHECKING:
+    from hexad.backends.backend import Profile
     from hexad.engine.engine import Engine
     from hexad.graph.cost import StepNumbers
 
@@ -29,13 +30,15 @@ class Step(NamedTuple):
 @dataclass(frozen=True, slots=True)
 class Run:
     """Jobs that began together, in the order given. token_times: of each job's tokens, in seconds since the
-    run began. cached: prompt tokens of each job that the prefix cache had."""
+    run began. cached: prompt tokens of each job that the prefix cache had. profiles: if wanted, at the begin,
+    once all jobs had their first token, and at the end."""
 
     jobs: Sequence[Job]
     steps: Sequence[Step]
     token_times: Sequence[Sequence[float]]
     cached: Sequence[int]
     preemptions: int
+    profiles: Sequence[Profile] = ()
 
     @property
     def seconds(self) -> float:
@@ -79,17 +82,24 @@ class Work(NamedTuple):
     pairs: int
     positions: int
 
+    def moved(self, cost: StepNumbers) -> int:
+        """Bytes read from memory."""
+        return self.steps * cost.step_bytes + self.positions * cost.position_bytes
+
+    def macs(self, cost: StepNumbers, *, attention: int = 1) -> int:
+        """Multiply-adds, one of attention counting as so many."""
+        linear = self.tokens * cost.token_macs + self.draws * cost.draw_macs
+        return linear + attention * self.pairs * cost.pair_macs
+
     def seconds(self, cost: StepNumbers, *, bandwidth: float, int8_rate: float) -> float:
         """The least time that a machine takes: that of its memory [bytes/s] or, where longer, of its
         arithmetic [int8 multiply-adds/s], each kept busy throughout. Attention is float32."""
         from hexad.graph.cost import FLOAT_SHARE
 
-        moved = self.steps * cost.step_bytes + self.positions * cost.position_bytes
-        macs = self.tokens * cost.token_macs + self.draws * cost.draw_macs
-        return max(moved / bandwidth, (macs + FLOAT_SHARE * self.pairs * cost.pair_macs) / int8_rate)
+        return max(self.moved(cost) / bandwidth, self.macs(cost, attention=FLOAT_SHARE) / int8_rate)
 
 
-def run(engine: Engine, jobs: Sequence[Job]) -> Run:
+def run(engine: Engine, jobs: Sequence[Job], profile: Callable[[], Profile] | None = None) -> Run:
     """Generates all jobs' tokens, whatever they are, greedily, as `LLM.generate` does. Raises HexadErrors."""
     for job in jobs:
         engine.check(job.token_ids, _params(job))
@@ -97,6 +107,7 @@ def run(engine: Engine, jobs: Sequence[Job]) -> Run:
     computed, preemptions = stats.iteration_tokens.sum, stats.preemptions
     steps: list[Step] = []
     times: dict[str, list[float]] = {}
+    profiles = [profile()] if profile is not None else []
     begin = time.monotonic()
     requests = [
         engine.add_request(f"bench-{i}", job.token_ids, _params(job), watched=False, checked=True)
@@ -112,6 +123,10 @@ def run(engine: Engine, jobs: Sequence[Job]) -> Run:
         total = stats.iteration_tokens.sum
         steps.append(Step(now, round(total - computed), len(advanced)))
         computed = total
+        if profile is not None and len(profiles) == 1 and all(times.values()):
+            profiles.append(profile())
+    if profile is not None:
+        profiles.append(profile())
     for request in requests:
         if (error := request.sequences[0].error) is not None:
             raise BackendError(f"A step failed: {error}")
@@ -121,6 +136,7 @@ def run(engine: Engine, jobs: Sequence[Job]) -> Run:
         list(times.values()),
         [request.num_cached_tokens for request in requests],
         stats.preemptions - preemptions,
+        profiles,
     )
 
 

@@ -66,6 +66,17 @@ class StepNumbers(NamedTuple):
     pair_macs: int
     position_bytes: int
 
+    @classmethod
+    def of(cls, idle: NodeCost, drawing: NodeCost) -> StepNumbers:
+        """Of the costs of one token's step in which nothing and one row of logits is wanted."""
+        return cls(
+            step_bytes=drawing.weight_bytes,
+            token_macs=idle.linear_macs,
+            draw_macs=drawing.linear_macs - idle.linear_macs,
+            pair_macs=idle.attention_macs,
+            position_bytes=idle.kv_read_bytes,
+        )
+
 
 def cost(
     graph: Graph,
@@ -131,19 +142,29 @@ def step_numbers(
     per row of logits. pair_macs: multiply-adds of attention per pair of a token and a position it looks at.
     position_bytes: of KV, per position that a sequence looks back on. weight_bytes: see `cost`.
     """
-    token, draw = (
+    return StepNumbers.of(*(c.total for c in _token_costs(graph, weights, kv_dtype, weight_bytes)))
+
+
+def node_numbers(graph: Graph, weights: Mapping[str, Weight], *, kv_dtype: CacheDtype) -> list[StepNumbers]:
+    """`step_numbers` of each node by itself. What several nodes read counts for each of them."""
+    idle, drawing = _token_costs(graph, weights, kv_dtype, None)
+    return [StepNumbers.of(*pair) for pair in zip(idle.nodes, drawing.nodes, strict=True)]
+
+
+def _token_costs(
+    graph: Graph,
+    weights: Mapping[str, Weight],
+    kv_dtype: CacheDtype,
+    weight_bytes: Mapping[str, int] | None,
+) -> tuple[Cost, Cost]:
+    """Of a step of one token, without and with its logits."""
+    idle, drawing = (
         cost(
             graph, weights, rows=1, context=1, kv_dtype=kv_dtype, sample_rows=rows, weight_bytes=weight_bytes
-        ).total
+        )
         for rows in (0, 1)
     )
-    return StepNumbers(
-        step_bytes=draw.weight_bytes,
-        token_macs=token.linear_macs,
-        draw_macs=draw.linear_macs - token.linear_macs,
-        pair_macs=token.attention_macs,
-        position_bytes=token.kv_read_bytes,
-    )
+    return idle, drawing
 
 
 def kv_bytes(numbers: int, head_dim: int, kv_dtype: CacheDtype) -> int:

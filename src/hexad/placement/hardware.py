@@ -69,6 +69,24 @@ def cpu_count(root: Path = _ROOT) -> int:
     return max(cpus, 1)
 
 
+def thread_cpus(threads: int, root: Path = _ROOT) -> list[list[int]]:
+    """For each of so many threads, the CPUs it should stay on: those of one memory node, so that what it was
+    the first to touch stays near it. Neighbouring threads share a node as long as it has CPUs for them.
+
+    Empty where all CPUs of this process's affinity belong to one node, and where the system does not tell:
+    then the scheduler knows better.
+    """
+    allowed = set(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else set()
+    nodes = sorted(
+        (root / "sys/devices/system/node").glob("node[0-9]*"), key=lambda path: _number(path.name[4:]) or 0
+    )
+    of_nodes = [sorted(allowed & _cpu_list(_read(node / "cpulist"))) for node in nodes]
+    places = [cpus for cpus in of_nodes for _ in cpus]
+    if sum(map(bool, of_nodes)) < 2:
+        return []
+    return [places[thread * len(places) // threads] for thread in range(threads)]
+
+
 def free_memory(root: Path = _ROOT) -> int:
     """Bytes that can be taken without swapping: the kernel's MemAvailable, or less if a cgroup's limit is
     nearer.
@@ -130,6 +148,17 @@ def _read(path: Path) -> str:
         return path.read_text()
     except (OSError, UnicodeDecodeError):
         return ""
+
+
+def _cpu_list(text: str) -> set[int]:
+    """CPUs of the kernel's lists ("0-3,8"); what is none of their parts does not count."""
+    cpus: set[int] = set()
+    for part in text.strip().split(","):
+        first, dash, last = part.partition("-")
+        low, high = _number(first), _number(last if dash else first)
+        if low is not None and high is not None:
+            cpus |= set(range(low, high + 1))
+    return cpus
 
 
 def _number(text: str) -> int | None:

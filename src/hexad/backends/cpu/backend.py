@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import reduce
 from math import prod
 from typing import TypeVar
 
@@ -10,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hexad import _native
-from hexad.backends.backend import Batch, CompileOptions, Limits
+from hexad.backends.backend import Batch, CompileOptions, Limits, OpTime, Profile
 from hexad.backends.cpu.layouts import layout_of
 from hexad.backends.cpu.lower import lower, pack, plan_buffers
 from hexad.backends.sampling import SampleBatch, SampleOutput
@@ -18,7 +19,7 @@ from hexad.config import BLOCK_TOKENS, CacheDtype
 from hexad.errors import BackendError, HexadError
 from hexad.graph import Graph
 from hexad.graph.cost import kv_bytes_per_token
-from hexad.placement.hardware import cpu_count
+from hexad.placement.hardware import cpu_count, thread_cpus
 from hexad.weights import Weight
 
 T = TypeVar("T")
@@ -55,23 +56,25 @@ class CpuBackend:
     ) -> CpuExecutable:
         """Allocates buffers and cache, packs every weight once. Raises BackendError for what it cannot do,
         CheckpointError for a file that cannot be read."""
+        threads = options.threads or cpu_count()
         program = _checked(
             lambda: _native.Program(
                 isa=self.isa or "",
-                threads=options.threads or cpu_count(),
+                threads=threads,
                 quantised=options.compute == "int8",
                 kv_dtype=options.kv_dtype,
                 max_rows=limits.max_rows,
                 max_seqs=limits.max_seqs,
                 kv_blocks=limits.kv_blocks,
+                cpus=thread_cpus(threads),
             )
         )
-        matrices = _checked(lambda: lower(graph, weights, program))
+        nodes, matrices = _checked(lambda: lower(graph, weights, program))
         packing()
         _checked(lambda: pack(matrices, program))
         if options.prefault:
             _checked(program.prefault)
-        return CpuExecutable(program)
+        return CpuExecutable(program, nodes)
 
     def weight_bytes(self, weight: Weight) -> int:
         """Matrices are packed into panels; the rest is float32."""
@@ -121,10 +124,11 @@ def _padded(features: int) -> int:
 
 
 class CpuExecutable:
-    """Implements `Executable` over one native program."""
+    """Implements `Executable` over one native program. nodes: see `lower`."""
 
-    def __init__(self, program: _native.Program) -> None:
+    def __init__(self, program: _native.Program, nodes: Sequence[int]) -> None:
         self.program = program
+        self._nodes = nodes
 
     def forward(self, batch: Batch) -> None:
         """See `Executable`. Raises BackendError where the batch contradicts itself or the limits."""
@@ -176,6 +180,14 @@ class CpuExecutable:
         """Copies whole KV blocks, (source, destination) in order."""
         pairs = np.array(copies, np.int64).reshape(-1, 2)
         _checked(lambda: self.program.copy_blocks(pairs))
+
+    def profile(self) -> Profile:
+        """See `Executable`. Tables of rotations and drawing tokens are no nodes."""
+        *ops, sampling, calls = (OpTime(*times) for times in self.program.profile())
+        ropes = [ops[i] for i in range(len(ops)) if i not in self._nodes]
+        tables = reduce(OpTime.plus, ropes, OpTime())
+        others = {"rope table": tables, "sampling": sampling}
+        return Profile([ops[i] for i in self._nodes], others, calls)
 
 
 def _checked(call: Callable[[], T]) -> T:

@@ -62,14 +62,14 @@ def _residual(node: Node) -> int | None:
     return None
 
 
-def lower(graph: Graph, weights: Mapping[str, Weight], program: _native.Program) -> list[Weight]:
-    """Builds `program` from `graph`. Returns the matrices that it is to pack, in its order.
-
-    Raises BackendError for an op it does not know.
-    """
+def lower(
+    graph: Graph, weights: Mapping[str, Weight], program: _native.Program
+) -> tuple[list[int], list[Weight]]:
+    """Builds `program` from `graph`. Returns each node's place among the program's ops, the logits being the last,
+    and the matrices that it is to pack, in its order. Raises BackendError for an op it does not know."""
     lowering = _Lowering(graph, weights, program)
-    lowering.run()
-    return [weights[name] for name in lowering.matrices]
+    places = lowering.run()
+    return places, [weights[name] for name in lowering.matrices]
 
 
 def pack(matrices: Sequence[Weight], program: _native.Program) -> None:
@@ -104,7 +104,7 @@ class _Lowering:
         self.vectors: dict[str, int] = {}
         self.ropes: dict[RopeSpec, int] = {}
 
-    def run(self) -> None:
+    def run(self) -> list[int]:
         for features in self.buffers.features:
             self.program.add_buffer(features)
         self._cache()
@@ -118,6 +118,11 @@ class _Lowering:
                 raise BackendError(f"The CPU backend does not know the op {node.op!r}.")
             emit(node, self.buffers.of_value[place])
         self.program.seal()
+        # The tables of the ropes come first.
+        first, head = len(self.ropes), ("logits", "fused_logits")
+        ops = first + sum(node.op not in head for node in self.graph.nodes)
+        places = iter(range(first, ops))
+        return [ops if node.op in head else next(places) for node in self.graph.nodes]
 
     def _cache(self) -> None:
         attention = [n.attrs for n in self.graph.nodes if n.op in ("attention", "fused_attention")]
