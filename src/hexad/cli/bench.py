@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from hexad.cli import bench_plot, note
-from hexad.cli.bench_profile import Phase, kinds
 from hexad.cli.bench_run import Run, Spread, Work, decode_work, figures, prefill_work, run, work
 from hexad.cli.bench_workload import Job, Workload
 from hexad.errors import ConfigError
@@ -80,6 +79,7 @@ def throughput(
 
     Raises HexadErrors.
     """
+    from hexad.cli.bench_profile import Phase
     from hexad.llm import LLM
 
     output.check()
@@ -132,6 +132,7 @@ def latency(
     """Runs batches of workload.num_prompts jobs at once, each with tokens of its own, and prints how long
     they take, and with `profile` what each kind of op takes of it. Raises ConfigError if a batch cannot run
     all at once, and other HexadErrors."""
+    from hexad.cli.bench_profile import Phase
     from hexad.llm import LLM
 
     output.check()
@@ -199,6 +200,7 @@ class Machine:
     @classmethod
     def of(cls, llm: LLM) -> Machine:
         """Measures the machine, which takes a moment."""
+        from hexad.cli.bench_profile import kinds
         from hexad.graph.cost import node_numbers, step_numbers
         from hexad.placement import cpu_count, probe
 

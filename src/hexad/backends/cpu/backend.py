@@ -113,7 +113,7 @@ class CpuBackend:
         return (
             (_PARTIAL_BYTES if attention else 0)
             + limits.max_rows * per_row
-            + -(-limits.max_rows // _TILE_ROWS) * tile
+            + (-(-limits.max_rows // _TILE_ROWS) + 1) * tile  # tiles of 5 may leave more slots empty
             + 32 * 4 * graph.vocab_size
             + (options.threads or cpu_count()) * per_thread
         )

@@ -65,7 +65,7 @@ def _residual(node: Node) -> int | None:
 def lower(
     graph: Graph, weights: Mapping[str, Weight], program: _native.Program
 ) -> tuple[list[int], list[Weight]]:
-    """Builds `program` from `graph`. Returns each node's place among the program's ops, the logits being the last,
+    """Builds `program` from `graph`. Returns each node's place among the program's ops, logits last,
     and the matrices that it is to pack, in its order. Raises BackendError for an op it does not know."""
     lowering = _Lowering(graph, weights, program)
     places = lowering.run()
