@@ -14,7 +14,8 @@ namespace {
 
 constexpr int64_t kMost = int64_t{1} << 31;  // of rows and columns
 constexpr int64_t kMostBytes = int64_t{1} << 56;
-constexpr int64_t kPieceBytes = 1 << 18;     // of a file read at a time: what stays in a core's L2 until it is packed
+constexpr int64_t kPieceBytes =
+    1 << 18;  // of a file read at a time: what stays in a core's L2 until it is packed
 constexpr int64_t kAlignment = 64;
 
 void require(bool holds, const std::string& message) {
@@ -71,8 +72,8 @@ void pack_piece(const Piece& piece, ReadBuffers& buffers) {
   const uint8_t* rows = rows_of(piece, buffers);
   char* panel = w.data + piece.first_row / kPanelRows * w.panel_bytes;
   for (int64_t r = 0; r < piece.rows; r += kPanelRows, panel += w.panel_bytes)
-    pack_panel(*w.stored, rows + r * piece.row_bytes(), std::min<int64_t>(kPanelRows, piece.rows - r), w.columns,
-               panel);
+    pack_panel(*w.stored, rows + r * piece.row_bytes(), std::min<int64_t>(kPanelRows, piece.rows - r),
+               w.columns, panel);
 }
 
 void check(const Weight& w, const Source& source) {
@@ -114,8 +115,8 @@ int Program::add_weight(const std::string& stored, int64_t rows, int64_t columns
 void Program::pack(const std::vector<Source>& sources) {
   const Busy busy(busy_);
   require(sealed_ && !packed_, "weights are packed once, when the program is sealed");
-  require(sources.size() == weights_.size(), std::to_string(sources.size()) + " sources for " +
-                                                 std::to_string(weights_.size()) + " weights");
+  require(sources.size() == weights_.size(),
+          std::to_string(sources.size()) + " sources for " + std::to_string(weights_.size()) + " weights");
   std::vector<Piece> pieces;
   int64_t total = 0, reach = 0, ordered = 0;
   for (size_t i = 0; i < sources.size(); ++i) {
