@@ -89,7 +89,8 @@ void sample(Program& p, nb::handle structs, In<int32_t, 1> history, In<int64_t, 
             In<int32_t, 1> ask_ids, In<int64_t, 1> ask_starts, In<uint32_t, 2> masks, Out<int32_t, 1> tokens,
             Out<float, 1> mirostat_mu, Out<float, 1> logprobs, Out<int32_t, 1> ranks, Out<int32_t, 2> top_ids,
             Out<float, 2> top_logprobs, Out<float, 1> ask_logprobs, Out<int32_t, 1> ask_ranks) {
-  const Structs rows(structs, sizeof(hexad::SampleRow), "a sample row has another size than the native struct");
+  const Structs rows(structs, sizeof(hexad::SampleRow),
+                     "a sample row has another size than the native struct");
   const size_t n = rows.size();
   require(tokens.shape(0) == n && mirostat_mu.shape(0) == n && logprobs.shape(0) == n &&
               ranks.shape(0) == n && top_ids.shape(0) == n && top_logprobs.shape(0) == n,
