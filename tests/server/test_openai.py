@@ -59,6 +59,23 @@ def test_completions_streamed_and_whole(client: openai.OpenAI) -> None:
     assert (usage.prompt_tokens, usage.completion_tokens) == (whole.usage.prompt_tokens, 16)
 
 
+@pytest.mark.parametrize("chat", [False, True])
+def test_usage_as_it_grows(client: openai.OpenAI, chat: bool) -> None:
+    given: Any = {"model": MODEL, "max_tokens": 6, "temperature": 0, "stream": True}
+    given["stream_options"] = {"continuous_usage_stats": True}
+    chunks: Any
+    if chat:
+        messages: Any = [{"role": "user", "content": "Count to ten."}]
+        chunks = client.chat.completions.create(**given, messages=messages)
+    else:
+        chunks = client.completions.create(**given, prompt="One, two, three,")
+    usages = [chunk.usage for chunk in chunks]
+    generated = [usage.completion_tokens for usage in usages]
+    assert generated == sorted(generated)
+    assert (len(generated) > 3, generated[0] <= 1, generated[-1]) == (True, True, 6)
+    assert {usage.total_tokens - usage.completion_tokens for usage in usages} == {usages[0].prompt_tokens}
+
+
 def test_echo_logprobs(client: openai.OpenAI) -> None:
     prompt = "The capital of France is"
     echo = client.completions.create(
