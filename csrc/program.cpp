@@ -62,10 +62,12 @@ std::vector<OpTime> Timer::times() const {
   std::vector<OpTime> times(members_.front().size());
   for (size_t part = 0; part < times.size(); ++part) {
     const Sums& first = members_.front()[part];  // takes part in every run
-    times[part] = {first.runs, first.barriers, 1e-9 * static_cast<double>(first.ns), 0};
-    for (const std::vector<Sums>& sums : members_)
-      times[part].waited +=
-          1e-9 * static_cast<double>(sums[part].waited) / static_cast<double>(members_.size());
+    double waited = 0;
+    for (const std::vector<Sums>& sums : members_) waited += static_cast<double>(sums[part].waited);
+    // While the caller has no CPU others wait, which belongs to no op of its own.
+    const auto ns = static_cast<double>(first.ns);
+    waited = std::min(waited / static_cast<double>(members_.size()), ns);
+    times[part] = {first.runs, first.barriers, 1e-9 * ns, 1e-9 * waited};
   }
   return times;
 }
