@@ -41,15 +41,12 @@ std::vector<OpTime> Timer::times() const {
   std::vector<OpTime> times(members_.front().size());
   for (size_t part = 0; part < times.size(); ++part) {
     const Sums& first = members_.front()[part];  // takes part in every run
-    int64_t runs = 0;
     double waited = 0;
-    for (const std::vector<Sums>& sums : members_) {
-      runs += sums[part].runs;
-      waited += 1e-9 * static_cast<double>(sums[part].waited);
-    }
-    const double mean = runs == 0 ? 0 : waited * static_cast<double>(first.runs) / static_cast<double>(runs);
-    const double seconds = 1e-9 * static_cast<double>(first.ns);
-    times[part] = {first.runs, first.barriers, seconds, std::min(mean, seconds)};
+    for (const std::vector<Sums>& sums : members_) waited += static_cast<double>(sums[part].waited);
+    // While the caller has no CPU others wait, which belongs to no op of its own.
+    const auto ns = static_cast<double>(first.ns);
+    waited = std::min(waited / static_cast<double>(members_.size()), ns);
+    times[part] = {first.runs, first.barriers, 1e-9 * ns, 1e-9 * waited};
   }
   return times;
 }

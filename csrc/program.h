@@ -84,8 +84,8 @@ inline size_t at(int64_t i) { return static_cast<size_t>(i); }
 class Program;
 struct LinearOp;
 
-// Sums since timing began, of the caller's time. waited: of it, what members spent at barriers, a mean over those
-// that took part. barriers: met in all runs together.
+// Sums since timing began, of the caller's time. waited: what members spent at barriers meanwhile, a mean over all; who
+// stays out of a run does not wait. barriers: met in all runs together.
 struct OpTime {
   int64_t runs = 0, barriers = 0;
   double seconds = 0, waited = 0;

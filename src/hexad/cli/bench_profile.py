@@ -118,7 +118,8 @@ def _between(stretches: Iterable[tuple[Profile, Profile]]) -> Profile:
     for before, after in stretches:
         both = [[*p.nodes, *p.others.values(), p.calls] for p in (before, after)]
         differences.append([new.plus(old, -1) for old, new in zip(*both, strict=True)])
-    *times, calls = (reduce(OpTime.plus, column) for column in zip(*differences, strict=True))
+    sums = [reduce(OpTime.plus, column) for column in zip(*differences, strict=True)]
+    *times, calls = (time._replace(waited=min(time.waited, time.seconds)) for time in sums)
     nodes = len(after.nodes)
     return Profile(times[:nodes], dict(zip(after.others, times[nodes:], strict=True)), calls)
 
