@@ -39,7 +39,8 @@ struct Product {
 
 // R rows × H vectors of b, the first of them `column`. A function of its own, so that its loop has all registers.
 template <int R, int H, class T>
-__attribute__((noinline)) void product_block(const Product<T>& p, int64_t column, const char* ahead, int64_t step) {
+__attribute__((noinline)) void product_block(const Product<T>& p, int64_t column, const char* ahead,
+                                             int64_t step) {
   // What a step reads, at least a line: with few rows no step has another tile's to share what is ahead.
   constexpr int kLines = (16 * H * static_cast<int>(sizeof(T)) + 63) / 64;
   const float* a = p.a;
