@@ -40,7 +40,7 @@ void wait_while(const std::atomic<uint32_t>& word, uint32_t old) {
 namespace {
 
 // ns of runs after which it is judged whether members stay out.
-constexpr int64_t kWindow = 10'000'000;
+constexpr int64_t kWindow = 100'000'000;
 
 }  // namespace
 
@@ -135,7 +135,7 @@ void ThreadTeam::take_part(int member) {
 }
 
 void ThreadTeam::adapt(int64_t taken) {
-  constexpr int64_t kShortest = 50'000'000, kLongest = 1'600'000'000;
+  constexpr int64_t kShortest = 100'000'000, kLongest = 1'600'000'000;
   window_ += taken;
   settled_ += taken;
   if (!judged_) return;

@@ -327,8 +327,9 @@ def test_threads_stay_on_their_cpus_during_runs() -> None:
         "isa": "", "quantised": True, "kv_dtype": "f32", "max_rows": 1, "max_seqs": 1, "kv_blocks": 1,
     }  # fmt: skip
     program = _native.Program(threads=3, cpus=cpus, **settings)
-    weight = program.add_weight("F32", 320, 32)
-    program.pack_weight(weight, "F32", np.zeros(320 * 32 * 4, np.uint8))  # a run: all have begun
+    program.op_embed(program.add_weight("F32", 320, 32), program.add_buffer(32))
+    program.seal()
+    program.pack([np.zeros(320 * 32 * 4, np.uint8)])  # a run: all have begun
     assert sorted(map(sorted, of_threads())) == sorted(cpus[1:])
     assert os.sched_getaffinity(0) == set(allowed)  # the caller is free again
     del program

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from hexad.engine.pace import ATTENTION_MACS, BYTES, LONGEST_STEP, MACS, STRETCH, Pace
+from hexad.engine.pace import ATTENTION_MACS, BYTES, GROWTH, LONGEST_STEP, MACS, STRETCH, Pace
 from hexad.engine.step import StepCost
 
 COST = StepCost(
@@ -42,6 +42,23 @@ def test_prompts_get_what_the_streams_can_bear() -> None:
     assert 0.5 < many < LONGEST_STEP
     assert pace.begin(500, 0, prompts=1, watched=True) == pytest.approx(LONGEST_STEP - many)
     assert pace.begin(10_000, 0, prompts=1, watched=True) == 0
+
+
+def test_streams_that_grow_beside_prompts_are_measured_by_what_they_took_before() -> None:
+    pace, before = Pace(COST), streams_alone(4, 4000)
+
+    def step(positions: int, prompts: int = 1) -> float:
+        return pace.begin(4, positions, prompts=prompts, watched=True) + streams_alone(4, positions)
+
+    step(4000, prompts=0)
+    for positions in (4004, 4400, 4000 + 4 * GROWTH):
+        assert step(positions) == pytest.approx(STRETCH * before)
+    # No more than so much is forgiven, whether they grew or longer ones came.
+    assert step(4000 + 8 * GROWTH) == pytest.approx(STRETCH * streams_alone(4, 4000 + 4 * GROWTH))
+    # Shorter ones are measured by themselves, and so are all once no prompt is left.
+    assert step(2000) == pytest.approx(STRETCH * streams_alone(4, 2000))
+    step(4800, prompts=0)
+    assert step(4804) == pytest.approx(STRETCH * streams_alone(4, 4800))
 
 
 @pytest.mark.parametrize("start", [0, 1, 777, 100_000])

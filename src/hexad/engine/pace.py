@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from math import sqrt
+from math import inf, sqrt
 
 from hexad.engine.step import StepCost
 
@@ -25,6 +25,10 @@ ATTENTION_MACS = 25e9
 LEARNING = 0.2
 """Weight of the newest measurement."""
 
+GROWTH = 512
+"""Tokens that streams may grow by while prompts come before it counts: until then a step is measured by what
+the streams took as the prompts came, or a long prompt would slow them down more and more."""
+
 
 class Pace:
     """Predicts a step's time from what it holds, and corrects itself by the times measured.
@@ -46,6 +50,7 @@ class Pace:
         self._stream_steps = 0
         self._prompt_steps = [0, 0]
         self._beside = False
+        self._look_back = inf  # a stream's mean positions, as the prompts beside them came
         self._streams = self._prompts = 0.0  # what the step under way was predicted to take, without factors
 
     def begin(self, streams: int, positions: int, *, prompts: int, watched: bool) -> float:
@@ -57,13 +62,17 @@ class Pace:
         """
         self._prompts = self._streams = 0.0
         self._beside = streams > 0
+        wanted = LONGEST_STEP
         if streams:
             self._streams = self._step + streams * self._stream + positions * self._position
+            mean = positions / streams
+            self._look_back = min(mean, max(self._look_back, mean - GROWTH)) if prompts else mean
         seconds = self._streams * self._stream_factor
-        wanted = LONGEST_STEP
         if streams and watched:
             stretch = 1 + (STRETCH - 1) * max(1.0, prompts / streams)
-            wanted = stretch * seconds if self._max_seconds is None else self._max_seconds
+            grown = positions - streams * self._look_back
+            before = seconds - grown * self._position * self._stream_factor
+            wanted = stretch * before if self._max_seconds is None else self._max_seconds
         return max(0.0, min(wanted, LONGEST_STEP) - seconds)
 
     def tokens_within(self, seconds: float, start: int) -> int:
