@@ -32,7 +32,7 @@ inline __attribute__((always_inline)) void quantised_block(const typename Codec:
     for (int h = 0; h < H; ++h)
       sums[h][t] = resume ? load(out + t * kPanelRows + 16 * (first_half + h)) : splat(0);
   for (int64_t i = 0; i < count; ++i, x += kGroupBytes<W>) {
-    const int64_t group = index ? index[i] : i;
+    const int64_t group = Codec::kPacked && index ? index[i] : i;
     const typename Codec::Block& block = panel[group / Codec::kGroups];
     const int g = static_cast<int>(group % Codec::kGroups);
     if (Codec::kPacked && index == nullptr) {
@@ -115,8 +115,10 @@ inline void quantised_blocks(const typename Codec::Block* panel, const int32_t* 
                              const char* x, bool resume, float* out) {
   constexpr int kSlots = block_rows(W - kFirst, DotsOf<Codec>::kSlots), kHalves = tile_halves(kSlots);
   float* to = out + kFirst * kPanelRows;
-  for (int half = 0; half < 2; half += kHalves)
-    quantised_block<Codec, W, kHalves, kSlots>(panel, half, index, count, x, kFirst, resume, to);
+  // No loop: a half known at compile time leaves nothing of addresses to be computed.
+  quantised_block<Codec, W, kHalves, kSlots>(panel, 0, index, count, x, kFirst, resume, to);
+  if constexpr (kHalves == 1)
+    quantised_block<Codec, W, kHalves, kSlots>(panel, 1, index, count, x, kFirst, resume, to);
   if constexpr (kFirst + kSlots < W)
     quantised_blocks<Codec, W, kFirst + kSlots>(panel, index, count, x, resume, out);
 }

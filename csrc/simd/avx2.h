@@ -239,6 +239,8 @@ struct SignedQuads {
   }
 };
 
+alignas(32) constexpr int16_t kOnes[16] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
+
 // kCount dots of quads of kBits-bit codes with activations within ±127, one after another, exact; `from` is added to
 // their sum.
 //
@@ -266,7 +268,11 @@ struct Dots {
     sum = _mm256_slli_epi16(sum, kBits - 3);
     return {sum, sum};
   }
-  void begin(I32) {}
+  void begin(I32 from) {
+    if (!kPairs) return;  // the others take `from` at the end, when a register is free
+    run[0] = from.low;
+    run[1] = from.high;
+  }
   void add(int j, Quads weights, Quads activations) {
     add(j, 0, weights.low, activations.low);
     add(j, 1, weights.high, activations.high);
@@ -279,8 +285,10 @@ struct Dots {
 
  private:
   void add(int j, int i, __m256i w, __m256i x) {
-    __m256i pairs = _mm256_maddubs_epi16(w, x);
-    if (j % kRun > 0) {
+    __m256i pairs;
+    if (j % kRun == 0 && !kPairs) {
+      pairs = _mm256_maddubs_epi16(w, x);
+    } else {
       // Inline assembly because GCC 12 would form all products first, spill them and add them as a tree.
       __m256i sum = run[i];
       asm("vpmaddubsw %2, %3, %1\n\tvpaddw %1, %0, %0" : "+x"(sum), "=&x"(pairs) : "x"(x), "x"(w));
@@ -299,7 +307,11 @@ struct Dots {
     total[i] = quads;
   }
   __m256i end(int i, __m256i from) const {
-    if (kPairs) return _mm256_madd_epi16(_mm256_add_epi16(run[i], from), _mm256_set1_epi16(1));
+    if (kPairs) {
+      __m256i quads;  // ones from memory: all registers hold sums, or what they are made of
+      asm("vpmaddwd %1, %2, %0" : "=x"(quads) : "m"(kOnes), "x"(run[i]));
+      return quads;
+    }
     return _mm256_add_epi32(total[i], from);
   }
 };
