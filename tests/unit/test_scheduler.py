@@ -119,6 +119,7 @@ def predicted(cost: StepCost, taken: ScheduledStep, *, prompts: bool = True) -> 
             if count > 1:
                 pairs = count * (start + count / 2)
                 seconds += count * cost.token_macs / MACS + pairs * cost.pair_macs / ATTENTION_MACS
+                seconds += start * cost.position_bytes / BYTES
     return seconds
 
 
@@ -200,7 +201,8 @@ def test_no_step_takes_more_than_a_second() -> None:
     finish(engine)
     times = [predicted(engine.executor.step_cost, taken) for taken in engine.executor.steps]
     assert max(times) <= LONGEST_STEP
-    assert min(times[:-1]) > 0.99 * LONGEST_STEP
+    assert sum(times) / len(times) > 0.8 * LONGEST_STEP
+    assert min(times) > 0.6 * LONGEST_STEP  # pieces are about equal: no small one is left over
 
 
 @pytest.mark.parametrize("unwatched", [{"watched": False}, {"output_kind": RequestOutputKind.FINAL_ONLY}])

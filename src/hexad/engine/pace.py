@@ -22,7 +22,7 @@ BYTES = 10e9
 MACS = 100e9
 ATTENTION_MACS = 25e9
 
-LEARNING = 0.2
+LEARNING = 0.1
 """Weight of the newest measurement."""
 
 GROWTH = 512
@@ -77,14 +77,14 @@ class Pace:
 
     def tokens_within(self, seconds: float, start: int) -> int:
         """Most tokens of a prompt, from position `start` on, that take no longer than `seconds`."""
-        # pair/2 · n² + (token + pair · start) · n = seconds
-        seconds = max(0.0, seconds) / self._prompt_factors[self._beside]
+        # pair/2 · n² + (token + pair · start) · n + position · start = seconds
+        seconds = max(0.0, seconds / self._prompt_factors[self._beside] - self._position * start)
         linear = self._token + self._pair * start
         return int(2 * seconds / (linear + sqrt(linear * linear + 2 * self._pair * seconds)))
 
     def add_prompt(self, tokens: int, start: int) -> float:
         """Adds a prompt's tokens to the step; returns the seconds they are predicted to take."""
-        seconds = tokens * self._token + self._pair * tokens * (start + tokens / 2)
+        seconds = tokens * self._token + self._pair * tokens * (start + tokens / 2) + self._position * start
         self._prompts += seconds
         return seconds * self._prompt_factors[self._beside]
 

@@ -202,6 +202,9 @@ class Scheduler:
         count = min(known - start, self._left, in_time, room)
         if count <= 0:
             return False
+        if not step.sequence_ids and count == in_time and not self._waiting:
+            # In equal pieces: a small last one would cost more by the token.
+            count = -(-(known - start) // -(-(known - start) // count))
         if copies:
             step.block_copies.append(blocks.copy_on_write(table, start // BLOCK_TOKENS))
         sequence.shares = False
