@@ -15,7 +15,6 @@ The exit status is 1 where the peak is over its bound, or the median time over -
 from __future__ import annotations
 
 import argparse
-import os
 import random
 import statistics
 import subprocess
@@ -26,7 +25,7 @@ from typing import Any
 
 from benchmarks.compare.__main__ import ENGINES, HEXAD
 from benchmarks.report import table, write
-from benchmarks.startup import HEXAD as COMMAND
+from benchmarks.startup import first_token_seconds
 from benchmarks.worker import Worker
 from hexad.checkpoint.open import open_checkpoint
 from hexad.config import BLOCK_TOKENS
@@ -102,22 +101,10 @@ def _run(name: str, python: str, model: Path) -> dict[str, Any]:
         worker("generate", prompts=prompt, count=MORE)
         peak = worker("peak_memory")
     phases = {"start": ready - begin - sum(phases.values()), **phases, "token": first - ready}
-    whole = _command_seconds(model) if name == HEXAD else first - begin
+    whole = first - begin
+    if name == HEXAD:
+        whole = first_token_seconds("--raw", "--max-tokens", "4", "--model", str(model), QUESTION)
     return {"first token": whole, "loaded": loaded, "peak": peak, "phases": phases}
-
-
-def _command_seconds(model: Path) -> float:
-    """From before the process exists until the first byte of the answer can be read."""
-    begin = time.perf_counter()
-    command = [COMMAND, "run", "--raw", "--max-tokens", "4", "--model", str(model), QUESTION]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
-        assert process.stdout is not None
-        os.read(process.stdout.fileno(), 1)
-        seconds = time.perf_counter() - begin
-        process.stdout.read()
-    if process.returncode:
-        raise SystemExit(f"{' '.join(command)} failed with exit status {process.returncode}.")
-    return seconds
 
 
 if __name__ == "__main__":

@@ -35,7 +35,9 @@ def main() -> None:
     subprocess.run([HEXAD, "pull"], check=True, stdout=subprocess.DEVNULL)
     figures = {
         "import hexad, s": min(_import_seconds() for _ in range(RUNS)),
-        "process start to first token, s": min(_first_token_seconds() for _ in range(RUNS)),
+        "process start to first token, s": min(
+            first_token_seconds("--max-tokens", "2", PROMPT) for _ in range(RUNS)
+        ),
         "environment, MB": _environment_bytes() / 1e6,
     }
     bounds = [bound * options.slack if name.endswith(" s") else bound for name, bound in BOUNDS.items()]
@@ -54,10 +56,10 @@ def _import_seconds() -> float:
     return float(done.stdout)
 
 
-def _first_token_seconds() -> float:
-    """From before the process exists until the first byte of the answer can be read."""
+def first_token_seconds(*arguments: str) -> float:
+    """`hexad run`: from before the process exists until the first byte of the answer can be read."""
     begin = time.perf_counter()
-    command = [HEXAD, "run", "--max-tokens", "2", PROMPT]
+    command = [HEXAD, "run", *arguments]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
         assert process.stdout is not None
         os.read(process.stdout.fileno(), 1)
