@@ -10,8 +10,9 @@
 namespace hexad {
 namespace {
 
-// Activations of a block of rows should stay in a core's own cache while panel after panel passes over them.
-constexpr int64_t kBlockBytes = 384 * 1024;
+// Activations of a block of rows, over which panel after panel passes. A strip of a panel multiplies a few KB of each
+// tile, so they may well come from a cache that cores share; the more of them, the fewer strips are unpacked.
+constexpr int64_t kBlockBytes = 2048 * 1024;
 
 }  // namespace
 
