@@ -17,6 +17,9 @@ import pytest
 from tests.server.process import ServerProcess
 from tests.server.raw import LAUNCH, Connection, completion, launched, post, request, streaming, wait_for
 
+from hexad.errors import ConfigError
+from hexad.server.tracing import Tracer
+
 SLOW_TO_LOAD = f"""
 import time
 from hexad.server import serve
@@ -241,3 +244,9 @@ def test_behind_a_proxy_at_a_path() -> None:
             ("/llm/x", 401),
         ):
             assert server.get(path)[0] == expected, path
+
+
+def test_without_opentelemetry_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "opentelemetry.sdk.resources", None)
+    with pytest.raises(ConfigError, match=r"pip install 'hexad\[otel\]'"):
+        Tracer("http://collector:4318")
