@@ -35,10 +35,6 @@ void wait_while(const std::atomic<uint32_t>& word, uint32_t old) {
   while (word.load(std::memory_order_acquire) == old) word.wait(old, std::memory_order_acquire);
 }
 
-}  // namespace
-
-namespace {
-
 // ns of runs after which it is judged whether members stay out.
 constexpr int64_t kWindow = 100'000'000;
 

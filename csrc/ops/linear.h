@@ -45,8 +45,8 @@ struct LinearArgs {
   void* scratch;  // kStripBytes, 64-byte aligned; unused by kernels that need none
 };
 
-// Columns that are unpacked at a time when many tiles share a panel: keeps the unpacked strip within half of
-// L1.
+// Columns that the blocks of a tile go through together. As many with a float scale and minimum per 16 of them fill a
+// strip, half of L1: unpacked when many tiles share a panel, it has more columns where scales are fewer.
 constexpr int kStripColumns = 512;
 constexpr size_t kStripBytes =
     kStripColumns / kGroup * (4 * kPanelRows * sizeof(float) + kGroup * kPanelRows);
