@@ -6,7 +6,9 @@
 //   kBits            of a code, which is stored unsigned
 //   kZero            what to subtract from a code: 0 or a power of two ≥ 4
 //   kHasMinimum      whether minimum() adds something
-//   scale, minimum   of one part of group g of the block
+//   kFactors         whether parts have integer factors: scale and minimum are what they share
+//   scale, minimum   of one part of group g of the block; with factors a part's own is a product with
+//   scale_factor, minimum_factor
 //   order(i)         the i-th quad to be read of a group, parts in turn: loads are shared by neighbours
 //   kPacked          whether it comes from memory, a block after the other
 //   quad(b, g, c, h) columns 4c … 4c + 3 of group g: a code per byte
@@ -85,7 +87,7 @@ struct HalfScales {
   using Block = Packed;
   static constexpr int kGroups = 1, kParts = 1, kBits = Codes::kBits, kZero = kZeroPoint;
   static constexpr bool kPacked = true;
-  static constexpr bool kHasMinimum = kMinimum;
+  static constexpr bool kHasMinimum = kMinimum, kFactors = false;
   static F32 scale(const Block& b, int, int, int half) { return load_f16(b.d + 16 * half); }
   static F32 minimum(const Block& b, int, int, int half) {
     if constexpr (kMinimum)
@@ -116,7 +118,7 @@ struct SuperBlock {
 template <class Packed, class Codes>
 struct ByteScales : SuperBlock<Packed, Codes> {
   static constexpr int kParts = 1, kZero = 0;
-  static constexpr bool kHasMinimum = true;
+  static constexpr bool kHasMinimum = true, kFactors = false;
   static F32 scale(const Packed& b, int g, int, int half) {
     return mul(load_f16(b.d + 16 * half), to_float(load_bytes(b.scales[g] + 16 * half)));
   }
@@ -128,7 +130,7 @@ struct ByteScales : SuperBlock<Packed, Codes> {
 template <class Packed, class Codes, int kZeroPoint>
 struct SignedScales : SuperBlock<Packed, Codes> {
   static constexpr int kParts = 2, kZero = kZeroPoint;
-  static constexpr bool kHasMinimum = false;
+  static constexpr bool kHasMinimum = false, kFactors = false;
   static F32 scale(const Packed& b, int g, int part, int half) {
     return mul(load_f16(b.d + 16 * half), to_float(load_bytes(b.scales[2 * g + part] + 16 * half)));
   }
@@ -137,12 +139,21 @@ struct SignedScales : SuperBlock<Packed, Codes> {
 
 struct W2K : SuperBlock<W2KBlock, TwoBits> {
   static constexpr int kParts = 2, kZero = 0;
-  static constexpr bool kHasMinimum = true;
-  static F32 scale(const Block& b, int g, int part, int half) {
-    return mul(load_f16(b.d + 16 * half), to_float(load_nibbles(b.scales[2 * g + part] + 16 * half, 0)));
+  static constexpr bool kHasMinimum = true, kFactors = true;
+  static F32 scale(const Block& b, int, int, int half) { return load_f16(b.d + 16 * half); }
+  static F32 minimum(const Block& b, int, int, int half) { return load_f16(b.m + 16 * half); }
+  static I32 scale_factor(const Block& b, int g, int part, int half) {
+    return load_nibbles(b.scales[2 * g + part] + 16 * half, 0);
   }
-  static F32 minimum(const Block& b, int g, int part, int half) {
-    return mul(load_f16(b.m + 16 * half), to_float(load_nibbles(b.scales[2 * g + part] + 16 * half, 4)));
+  static I32 minimum_factor(const Block& b, int g, int part, int half) {
+    return load_nibbles(b.scales[2 * g + part] + 16 * half, 4);
+  }
+  // As sums take them: a part's scale, and the minimums of both as pairs of int16.
+  static Part factor(const Block& b, int g, int part, int half) {
+    return as_part(scale_factor(b, g, part, half));
+  }
+  static I32 minimum_factors(const Block& b, int g, int half) {
+    return add(minimum_factor(b, g, 0, half), shift_left(minimum_factor(b, g, 1, half), 16));
   }
 };
 
@@ -173,21 +184,29 @@ template <class Codec>
 using DotsOf = Dots<Codec::kBits, 8 / Codec::kParts, kZeroOf<Codec>>;
 
 // A strip of a panel unpacked to bytes and float scales, for many tiles to share: the same numbers, ready to use.
+// What a codec has none of takes no room.
 template <class Packed>
 struct StripGroup {
-  float d[Packed::kParts][kPanelRows];
-  float m[Packed::kParts][kPanelRows];
+  static constexpr int kScales = Packed::kFactors ? 1 : Packed::kParts, kFactors = Packed::kFactors ? 2 : 0;
   typename DotsOf<Packed>::Weights quads[8][2];  // of both halves
+  float d[kScales][kPanelRows];
+  float m[Packed::kHasMinimum ? 1 : 0][kPanelRows];
+  Part factors[kFactors][2];
+  I32 minimum_factors[kFactors];  // of both halves
 };
 
 template <class Packed>
 struct Strip {
   static constexpr int kGroups = 1, kParts = Packed::kParts, kBits = Packed::kBits, kZero = Packed::kZero;
   static constexpr bool kPacked = false;
-  static constexpr bool kHasMinimum = Packed::kHasMinimum;
+  static constexpr bool kHasMinimum = Packed::kHasMinimum, kFactors = Packed::kFactors;
   using Block = StripGroup<Packed>;
-  static F32 scale(const Block& b, int, int part, int half) { return load(b.d[part] + 16 * half); }
-  static F32 minimum(const Block& b, int, int part, int half) { return load(b.m[part] + 16 * half); }
+  static F32 scale(const Block& b, int, int part, int half) {
+    return load(b.d[kFactors ? 0 : part] + 16 * half);
+  }
+  static F32 minimum(const Block& b, int, int, int half) { return load(b.m[0] + 16 * half); }
+  static const Part& factor(const Block& b, int, int part, int half) { return b.factors[part][half]; }
+  static const I32& minimum_factors(const Block& b, int, int half) { return b.minimum_factors[half]; }
   static constexpr int order(int i) { return i; }
   static auto quad(const Block& b, int, int c, int half) { return b.quads[c][half]; }
 
@@ -198,9 +217,13 @@ struct Strip {
       const int g = static_cast<int>((first + i) % Packed::kGroups);
       for (int half = 0; half < 2; ++half) {
         HEXAD_UNROLL
-        for (int part = 0; part < kParts; ++part) {
+        for (int part = 0; part < Block::kScales; ++part)
           store(to->d[part] + 16 * half, Packed::scale(from, g, part, half));
-          if (kHasMinimum) store(to->m[part] + 16 * half, Packed::minimum(from, g, part, half));
+        if constexpr (kHasMinimum) store(to->m[0] + 16 * half, Packed::minimum(from, g, 0, half));
+        if constexpr (kFactors) {
+          for (int part = 0; part < kParts; ++part)
+            to->factors[part][half] = Packed::factor(from, g, part, half);
+          to->minimum_factors[half] = Packed::minimum_factors(from, g, half);
         }
         HEXAD_UNROLL
         for (int i = 0; i < 8; ++i) {

@@ -45,21 +45,21 @@ inline __attribute__((always_inline)) void quantised_block(const typename Codec:
     const float* d = reinterpret_cast<const float*>(x + W * kGroup) + first_slot;
     const float* s = d + W;
     const int32_t* n = reinterpret_cast<const int32_t*>(s + W);
-    const int32_t* n_first = n + W;
-    const int32_t* pairs = n_first + W;  // of int16
+    const int32_t *halves = n + W, *pairs = n + 2 * W;  // of two int16 each
+    Part parts[H][T];
     HEXAD_UNROLL
     for (int part = 0; part < kParts; ++part) {
       // Registers are for sums: what the parts have in common is read twice.
       if (part > 0) asm volatile("" ::: "memory");
-      // −4 · Σq of the part's columns
-      const auto rest = [&](int t) {
-        return kParts == 1 ? n[t] : part == 0 ? n_first[t] : n[t] - n_first[t];
-      };
       const auto start = [&](int t) {
-        if constexpr (DotsOf<Codec>::kPairs)
-          return DotsOf<Codec>::start(pairs + part * W + t, W);
-        else
-          return kZero == 0 ? splat_int(0) : shift_left(splat_int(rest(t)), __builtin_ctz(kZero | 1024) - 2);
+        constexpr int kZeroBits = __builtin_ctz(kZero | 1024);
+        if constexpr (DotsOf<Codec>::kPairs) return DotsOf<Codec>::start(pairs + part * W + t, W);
+        if constexpr (kZero == 0) return splat_int(0);
+        if constexpr (kParts == 1) return shift_left(splat_int(n[t]), kZeroBits - 2);
+        // The lower or the upper 16 bits × zero point.
+        const I32 both = splat_int(halves[t]);
+        return part == 0 ? shift_right(shift_left(both, 16), 16 - kZeroBits)
+                         : shift_left(shift_right(both, 16), kZeroBits);
       };
       DotsOf<Codec> dots[H][T];
       HEXAD_UNROLL
@@ -78,22 +78,40 @@ inline __attribute__((always_inline)) void quantised_block(const typename Codec:
           for (int h = 0; h < H; ++h) dots[h][t].add(j, weights[h], quad);
         }
       }
-      F32 scale[H];
+      F32 scale[H], minimum[H];
       for (int h = 0; h < H; ++h) scale[h] = Codec::scale(block, g, part, first_half + h);
-      HEXAD_UNROLL
-      for (int t = 0; t < T; ++t) {
-        const F32 dx = splat(d[t]);
-        const I32 from = start(t);
-        for (int h = 0; h < H; ++h)
-          sums[h][t] = fma(to_float(dots[h][t].end(from)), mul(scale[h], dx), sums[h][t]);
-      }
-      if constexpr (Codec::kHasMinimum) {
-        F32 minimum[H];
+      if constexpr (!Codec::kFactors) {
+        HEXAD_UNROLL
+        for (int t = 0; t < T; ++t) {
+          const F32 dx = splat(d[t]);
+          const I32 from = start(t);
+          for (int h = 0; h < H; ++h)
+            sums[h][t] = fma(to_float(dots[h][t].end(from)), mul(scale[h], dx), sums[h][t]);
+        }
+        if constexpr (!Codec::kHasMinimum) continue;
         for (int h = 0; h < H; ++h) minimum[h] = Codec::minimum(block, g, part, first_half + h);
         HEXAD_UNROLL
         for (int t = 0; t < T; ++t) {
-          const F32 sx = kParts == 1 ? splat(s[t]) : splat(d[t] * (-0.25f * static_cast<float>(rest(t))));
+          const F32 sx = splat(s[t]);
           for (int h = 0; h < H; ++h) sums[h][t] = fma(minimum[h], sx, sums[h][t]);
+        }
+      } else if (part == 0) {
+        HEXAD_UNROLL
+        for (int t = 0; t < T; ++t)
+          for (int h = 0; h < H; ++h)
+            parts[h][t] = dots[h][t].scaled(Codec::factor(block, g, 0, first_half + h));
+      } else {
+        for (int h = 0; h < H; ++h) minimum[h] = Codec::minimum(block, g, 0, first_half + h);
+        HEXAD_UNROLL
+        for (int t = 0; t < T; ++t) {
+          const F32 dx = splat(d[t]);
+          const I32 less = splat_int(halves[t]);
+          for (int h = 0; h < H; ++h) {
+            const Part both = dots[h][t].scaled(Codec::factor(block, g, 1, first_half + h), parts[h][t]);
+            const I32 by = pair_dot(Codec::minimum_factors(block, g, first_half + h), less);
+            const F32 sum = fnma(minimum[h], to_float(by), mul(scale[h], part_sum(both)));
+            sums[h][t] = fma(sum, dx, sums[h][t]);
+          }
         }
       }
     }
@@ -251,7 +269,11 @@ template <class Codec, class F>
 inline void each_column(const typename Codec::Block& b, int g, int half, F f) {
   for (int c = 0; c < 8; ++c) {
     const int part = c * Codec::kParts / 8;
-    const F32 scale = Codec::scale(b, g, part, half), minimum = Codec::minimum(b, g, part, half);
+    F32 scale = Codec::scale(b, g, part, half), minimum = Codec::minimum(b, g, part, half);
+    if constexpr (Codec::kFactors) {
+      scale = mul(scale, to_float(Codec::scale_factor(b, g, part, half)));
+      minimum = mul(minimum, to_float(Codec::minimum_factor(b, g, part, half)));
+    }
     const Quads quad = Codec::quad(b, g, c, half);
     for (int k = 0; k < 4; ++k) {
       F32 w = mul(scale, sub(code(quad, k), splat(Codec::kZero)));

@@ -6,7 +6,7 @@
 //       float d[width]         scale
 //       float s[width]         d · Σq
 //       int32 n[width]         −4 · Σq
-//       int32 h[width]         −4 · Σq over the first 16 columns
+//       int16 h[width][2]      −Σq over the first and over the last 16 columns
 //       int16 p[2][width][2]   −4 · Σq over the first and over the last 16 columns, each over the first two columns
 //                              of all quads and over the last two; only for kernels with pair_sums
 //     After the K/32 groups: int32 count, int32 index[capacity], and `count` more groups of the same form, for the
@@ -17,8 +17,9 @@
 // Arithmetic, which no tile width, panel or thread count changes (the exactness promise):
 //   quantised: per group i = Σ q_w · q_x as an exact int32 (with the zero point of the layout subtracted),
 //       f ← fma(float(i), d_w · d, f), and for layouts with a minimum f ← fma(m_w, s, f); groups in K order. Layouts
-//       with a scale for each 16 columns do both once per 16, with d · Σq over these for s. Where d_w and m_w are
-//       products of an fp16 and an integer (K-quants), float32 holds them exactly.
+//       with a scale for each 16 columns do it once per 16. Where d_w and m_w are products of an fp16 and an integer
+//       (K-quants), float32 holds them exactly. With both a scale and a minimum per 16 columns (factors; W2K), the
+//       integers come first: f ← fma(fma(m, float(Σ m_16 · Σq), d_w · float(Σ d_16 · i_16)), d, f), sums over both.
 //       A row's outlier groups, those with d² > 4 · mean(d²) over the row (the first (K/32 − 1) / 4 of them; by
 //       rounding there could be one more), are then multiplied once more, in K order, with what rounding left of
 //       their activations, quantised in turn. They are 3 to 7 % of a row's groups and carry most of the rounding error:

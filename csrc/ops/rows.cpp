@@ -114,7 +114,9 @@ void total(int64_t groups, void* tile) {
       const int32_t begin = pairs[0][0] + pairs[0][1], all = begin + pairs[1][0] + pairs[1][1];
       d[W + slot] = d[slot] * static_cast<float>(all);
       n[slot] = -4 * all;
-      n[W + slot] = -4 * begin;
+      int16_t* halves = reinterpret_cast<int16_t*>(n + W) + 2 * slot;
+      halves[0] = static_cast<int16_t>(-begin);
+      halves[1] = static_cast<int16_t>(begin - all);
       if (kPairSums) {
         int16_t* p = reinterpret_cast<int16_t*>(n + 2 * W) + 2 * slot;
         for (int half = 0; half < 2; ++half)

@@ -63,6 +63,10 @@ inline F32 max(F32 a, F32 b) { return {_mm256_max_ps(a.low, b.low), _mm256_max_p
 inline F32 fma(F32 a, F32 b, F32 c) {
   return {_mm256_fmadd_ps(a.low, b.low, c.low), _mm256_fmadd_ps(a.high, b.high, c.high)};
 }
+// c − a · b, rounded once
+inline F32 fnma(F32 a, F32 b, F32 c) {
+  return {_mm256_fnmadd_ps(a.low, b.low, c.low), _mm256_fnmadd_ps(a.high, b.high, c.high)};
+}
 inline F32 abs(F32 a) {
   const __m256 sign = _mm256_set1_ps(-0.0f);
   return {_mm256_andnot_ps(sign, a.low), _mm256_andnot_ps(sign, a.high)};
@@ -168,7 +172,22 @@ inline I32 load_nibbles(const uint8_t* p, int from) {
 inline I32 shift_left(I32 x, int bits) {
   return {_mm256_slli_epi32(x.low, bits), _mm256_slli_epi32(x.high, bits)};
 }
+inline I32 shift_right(I32 x, int bits) {
+  return {_mm256_srai_epi32(x.low, bits), _mm256_srai_epi32(x.high, bits)};
+}
 inline I32 add(I32 a, I32 b) { return {_mm256_add_epi32(a.low, b.low), _mm256_add_epi32(a.high, b.high)}; }
+// Lanes as pairs of int16: a₀b₀ + a₁b₁.
+inline I32 pair_dot(const I32& a, I32 b) {
+  return {_mm256_madd_epi16(a.low, b.low), _mm256_madd_epi16(a.high, b.high)};
+}
+// Of a group in parts: an integer scale, in both halves of each lane as it multiplies a run of 16-bit pairs, and sums
+// of the dots it has multiplied.
+using Part = I32;
+inline F32 part_sum(Part x) { return to_float(x); }
+inline Part as_part(I32 x) {
+  return {_mm256_blend_epi16(x.low, _mm256_slli_epi32(x.low, 16), 0xAA),
+          _mm256_blend_epi16(x.high, _mm256_slli_epi32(x.high, 16), 0xAA)};
+}
 inline int32_t sum(I32 x) {
   const __m256i eight = _mm256_add_epi32(x.low, x.high);
   const __m128i four = _mm_add_epi32(_mm256_castsi256_si128(eight), _mm256_extracti128_si256(eight, 1));
@@ -247,8 +266,8 @@ alignas(32) constexpr int16_t kOnes[16] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1
 // vpmaddubsw adds two products of an unsigned and a signed byte in 16 bits and saturates. Of codes below 2^kBits a
 // whole run of such pairs stays below 2^15; it is then widened at once. Byte codes are taken as signed, since 255 ·
 // 127 · 2 would not fit: |w| ≤ 128 times ±x does. Where all kCount pairs stay below 2^15 only once kZero, the middle of
-// the codes, is off (kPairs), their sum wraps around until then, and `from` is what start() makes of the activations'
-// sums by pairs.
+// the codes, is off (kPairs; parts of a group in any case), their sum wraps around until then, and `from` is what start()
+// makes of the activations' sums by pairs. Parts without zero point (kScaled) are multiplied by a scale as they widen.
 //
 // Register tiles are to have at most kSlots batch rows: three of one half leave room for weights and activations, and
 // for most of the float sums.
@@ -258,8 +277,9 @@ struct Dots {
   static constexpr int kSlots = 3;
   static constexpr int kFit = 32767 / (2 * 127 * (kBits == 8 ? 128 : (1 << kBits) - 1));
   static constexpr bool kPairs =
-      kFit < kCount && kZero == 1 << (kBits - 1) && 2 * 127 * kZero * kCount < 1 << 15;
+      (kFit < kCount || kCount < 8) && kZero == 1 << (kBits - 1) && 2 * 127 * kZero * kCount < 1 << 15;
   static constexpr int kRun = kPairs ? kCount : kFit;
+  static constexpr bool kScaled = kCount < 8 && kZero == 0 && kFit >= kCount;
   __m256i run[2], total[2];
 
   static I32 start(const int32_t* pairs, int width) {
@@ -282,6 +302,12 @@ struct Dots {
     add(j, 1, weights.magnitude.high, _mm256_sign_epi8(activations.high, weights.value.high));
   }
   I32 end(I32 from) const { return {end(0, from.low), end(1, from.high)}; }
+  Part scaled(const Part& scale) const {
+    return {_mm256_madd_epi16(run[0], scale.low), _mm256_madd_epi16(run[1], scale.high)};
+  }
+  Part scaled(const Part& scale, const Part& before) const {
+    return hexad::HEXAD_NAMESPACE::add(scaled(scale), before);
+  }
 
  private:
   void add(int j, int i, __m256i w, __m256i x) {
@@ -295,7 +321,7 @@ struct Dots {
       pairs = sum;
     }
     run[i] = pairs;
-    if (kPairs || (j % kRun < kRun - 1 && j < kCount - 1)) return;
+    if (kScaled || kPairs || (j % kRun < kRun - 1 && j < kCount - 1)) return;
     __m256i quads = _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
     if (j >= kRun) {
       __m256i sum = total[i];

@@ -32,6 +32,8 @@ inline F32 mul(F32 a, F32 b) { return _mm512_mul_ps(a, b); }
 inline F32 div(F32 a, F32 b) { return _mm512_div_ps(a, b); }
 inline F32 max(F32 a, F32 b) { return _mm512_max_ps(a, b); }
 inline F32 fma(F32 a, F32 b, F32 c) { return _mm512_fmadd_ps(a, b, c); }
+// c − a · b, rounded once
+inline F32 fnma(F32 a, F32 b, F32 c) { return _mm512_fnmadd_ps(a, b, c); }
 inline F32 abs(F32 a) { return _mm512_abs_ps(a); }
 inline float sum(F32 a) { return _mm512_reduce_add_ps(a); }
 inline float max_of(F32 a) { return _mm512_reduce_max_ps(a); }
@@ -78,7 +80,10 @@ inline I32 load_nibbles(const uint8_t* p, int from) {
                    : _mm512_and_si512(load_bytes(p), _mm512_set1_epi32(15));
 }
 inline I32 shift_left(I32 x, int bits) { return _mm512_slli_epi32(x, static_cast<unsigned>(bits)); }
+inline I32 shift_right(I32 x, int bits) { return _mm512_srai_epi32(x, static_cast<unsigned>(bits)); }
 inline I32 add(I32 a, I32 b) { return _mm512_add_epi32(a, b); }
+// Lanes as pairs of int16: a₀b₀ + a₁b₁.
+inline I32 pair_dot(I32 a, I32 b) { return _mm512_madd_epi16(a, b); }
 inline int32_t sum(I32 x) { return _mm512_reduce_add_epi32(x); }
 inline void store(int32_t* p, I32 x) { _mm512_storeu_si512(p, x); }
 inline I32 to_int(F32 x) { return _mm512_cvtps_epi32(x); }

@@ -6,6 +6,10 @@
 namespace hexad::HEXAD_NAMESPACE {
 namespace {
 
+using Part = F32;
+inline Part as_part(I32 x) { return to_float(x); }
+inline F32 part_sum(Part x) { return x; }
+
 // acc + Σ over each quad of unsigned weight bytes × signed activation bytes, exact. Inline assembly because
 // GCC 12 copies and spills the accumulators of the intrinsic.
 inline I32 dot(I32 acc, Quads weights, Quads activations) {
@@ -24,6 +28,8 @@ struct Dots {
   void begin(I32 from) { sum = from; }
   void add(int, Quads weights, Quads activations) { sum = dot(sum, weights, activations); }
   I32 end(I32) const { return sum; }
+  Part scaled(const Part& scale) const { return mul(to_float(sum), scale); }
+  Part scaled(const Part& scale, const Part& before) const { return fma(to_float(sum), scale, before); }
 };
 // The zero point of byte codes as Dots<8> leaves it in the sum.
 constexpr int kByteZero = 128;

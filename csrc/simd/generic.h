@@ -53,6 +53,7 @@ inline F32 div(F32 a, F32 b) { return a / b; }
 inline F32 max(F32 a, F32 b) { return a > b ? a : b; }
 // Two roundings: without FMA hardware a fused one would be a library call per lane.
 inline F32 fma(F32 a, F32 b, F32 c) { return a * b + c; }
+inline F32 fnma(F32 a, F32 b, F32 c) { return c - a * b; }
 inline F32 abs(F32 a) { return a < 0 ? -a : a; }
 inline bool any_nan(F32 a, F32 b) {
   I32 nan = (a != a) | (b != b);
@@ -154,7 +155,10 @@ inline I32 load_bytes(const int8_t* p) {
 }
 inline I32 load_nibbles(const uint8_t* p, int from) { return load_bytes(p) >> from & 15; }
 inline I32 shift_left(I32 x, int bits) { return x << bits; }
+inline I32 shift_right(I32 x, int bits) { return x >> bits; }
 inline I32 add(I32 a, I32 b) { return a + b; }
+// Lanes as pairs of int16: a₀b₀ + a₁b₁.
+inline I32 pair_dot(I32 a, I32 b) { return (a << 16 >> 16) * (b << 16 >> 16) + (a >> 16) * (b >> 16); }
 inline int32_t sum(I32 x) {
   int32_t total = 0;
   for (int i = 0; i < 16; ++i) total += x[i];
@@ -188,6 +192,11 @@ inline Quads with_bits(Quads low, Quads x, int from, int mask) { return low | bi
 // Byte `index` of each quad, zero-extended.
 inline I32 byte_of(Quads x, int index) { return I32(x >> static_cast<uint32_t>(8 * index) & 255u); }
 
+// Of a group in parts: an integer scale, and sums of the dots it has multiplied: float32 holds them exactly.
+using Part = F32;
+inline Part as_part(I32 x) { return to_float(x); }
+inline F32 part_sum(Part x) { return x; }
+
 // acc + Σ over each quad of unsigned weight bytes × signed activation bytes, exact.
 inline I32 dot(I32 acc, Quads weights, Quads activations) {
   for (int b = 0; b < 4; ++b) acc += byte_of(weights, b) * (I32(activations << (24 - 8 * b)) >> 24);
@@ -206,6 +215,8 @@ struct Dots {
   void begin(I32 from) { sum = from; }
   void add(int, Quads weights, Quads activations) { sum = dot(sum, weights, activations); }
   I32 end(I32) const { return sum; }
+  Part scaled(const Part& scale) const { return mul(to_float(sum), scale); }
+  Part scaled(const Part& scale, const Part& before) const { return fma(to_float(sum), scale, before); }
 };
 // The zero point of byte codes as Dots<8> leaves it in the sum.
 constexpr int kByteZero = 128;

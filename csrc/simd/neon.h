@@ -90,6 +90,11 @@ inline F32 fma(F32 a, F32 b, F32 c) {
   return {vfmaq_f32(c.a, a.a, b.a), vfmaq_f32(c.b, a.b, b.b), vfmaq_f32(c.c, a.c, b.c),
           vfmaq_f32(c.d, a.d, b.d)};
 }
+// c − a · b, rounded once
+inline F32 fnma(F32 a, F32 b, F32 c) {
+  return {vfmsq_f32(c.a, a.a, b.a), vfmsq_f32(c.b, a.b, b.b), vfmsq_f32(c.c, a.c, b.c),
+          vfmsq_f32(c.d, a.d, b.d)};
+}
 inline F32 abs(F32 a) { return {vabsq_f32(a.a), vabsq_f32(a.b), vabsq_f32(a.c), vabsq_f32(a.d)}; }
 inline float sum(F32 a) { return vaddvq_f32(vaddq_f32(vaddq_f32(a.a, a.c), vaddq_f32(a.b, a.d))); }
 inline float max_of(F32 a) {
@@ -186,8 +191,16 @@ inline I32 load_nibbles(const uint8_t* p, int from) {
   return widen(from == 4 ? vshrq_n_u8(x, 4) : vandq_u8(x, vdupq_n_u8(15)));
 }
 inline I32 shift_left(I32 x, int bits) { return {x.a << bits, x.b << bits, x.c << bits, x.d << bits}; }
+inline I32 shift_right(I32 x, int bits) { return {x.a >> bits, x.b >> bits, x.c >> bits, x.d >> bits}; }
 inline I32 add(I32 a, I32 b) {
   return {vaddq_s32(a.a, b.a), vaddq_s32(a.b, b.b), vaddq_s32(a.c, b.c), vaddq_s32(a.d, b.d)};
+}
+// Lanes as pairs of int16: a₀b₀ + a₁b₁.
+inline I32 pair_dot(I32 a, I32 b) {
+  const auto dots = [](int32x4_t x, int32x4_t y) {
+    return vmlaq_s32(vmulq_s32(x << 16 >> 16, y << 16 >> 16), x >> 16, y >> 16);
+  };
+  return {dots(a.a, b.a), dots(a.b, b.b), dots(a.c, b.c), dots(a.d, b.d)};
 }
 inline int32_t sum(I32 x) { return vaddvq_s32(vaddq_s32(vaddq_s32(x.a, x.c), vaddq_s32(x.b, x.d))); }
 inline void store(int32_t* p, I32 x) {
@@ -258,6 +271,10 @@ inline I32 byte_of(Quads x, int index) {
   return {byte(x.a), byte(x.b), byte(x.c), byte(x.d)};
 }
 
+using Part = F32;
+inline Part as_part(I32 x) { return to_float(x); }
+inline F32 part_sum(Part x) { return x; }
+
 // acc + Σ over each quad of weight bytes × signed activation bytes, exact. Where there is usdot (i8mm), weight
 // bytes are unsigned; else they are signed.
 inline int32x4_t dot(int32x4_t acc, uint8x16_t weights, Quad activations) {
@@ -298,6 +315,8 @@ struct Dots {
     sum = dot(sum, weights, activations);
   }
   I32 end(I32) const { return sum; }
+  Part scaled(const Part& scale) const { return mul(to_float(sum), scale); }
+  Part scaled(const Part& scale, const Part& before) const { return fma(to_float(sum), scale, before); }
 };
 
 // Register tiles of float products: batch rows, and halves of a panel for so many of them; halves also of dots.

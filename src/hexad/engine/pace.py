@@ -6,7 +6,7 @@ from math import inf, sqrt
 
 from hexad.engine.step import StepCost
 
-LONGEST_STEP = 1.0
+LONGEST_STEP = 2.0
 """Seconds that no step shall pass."""
 
 STRETCH = 2.0
