@@ -39,10 +39,10 @@ def test_prompts_get_what_the_streams_can_bear() -> None:
     assert pace.begin(0, 0, prompts=1, watched=True) == LONGEST_STEP
     assert Pace(COST, 50).begin(4, 1000, prompts=1, watched=True) == pytest.approx(0.05 - own)
     assert Pace(COST, 1).begin(4, 1000, prompts=1, watched=True) == 0
-    # Streams that take most of a second leave what is left of it, not as much again.
-    many = streams_alone(500, 0)
-    assert 0.5 < many < LONGEST_STEP
-    assert pace.begin(500, 0, prompts=1, watched=True) == pytest.approx(LONGEST_STEP - many)
+    # Streams that take most of the longest step leave what is left of it, not as much again.
+    many = streams_alone(1000, 0)
+    assert LONGEST_STEP / 2 < many < LONGEST_STEP
+    assert pace.begin(1000, 0, prompts=1, watched=True) == pytest.approx(LONGEST_STEP - many)
     assert pace.begin(10_000, 0, prompts=1, watched=True) == 0
 
 
