@@ -124,7 +124,7 @@ _ARRIVAL = {
 def measure_cost(server: WatchedServer, options: argparse.Namespace) -> list[dict[str, float]]:
     """Figures of each round."""
     found = []
-    with LLM(options.model, threads=options.threads, max_model_len=1024) as llm:
+    with LLM(options.model, threads=options.threads, max_model_len=1024, prefault=True) as llm:
         for seed in range(-1, options.rounds):  # the first warms everything up
             measured: dict[str, float] = {}
             workload = Workload(num_prompts=STREAMS, input_len=PROMPT, output_len=TOKENS, seed=seed)

@@ -49,7 +49,7 @@ def main() -> None:
     options = parser.parse_args()
     command = [sys.executable, "-m", "hexad", "serve", options.model, "--port", "0", "--log-level", "warning"]
     command += ["--served-model-name", "model", "--max-num-seqs", "16", "--kv-cache-gib", "0.5"]
-    command += ["--prefault"] * options.prefault
+    command += ["--no-prefault"] * (not options.prefault)
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
         assert server.stdout is not None
         url = ""

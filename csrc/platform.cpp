@@ -9,6 +9,7 @@
 #include <malloc.h>
 #endif
 
+#include <algorithm>
 #include <cerrno>
 #include <chrono>
 #include <cstdlib>
@@ -62,6 +63,28 @@ OnCpus::~OnCpus() {
   cpu_set_t before;
   std::memcpy(&before, before_.data(), sizeof before);
   sched_setaffinity(0, sizeof before, &before);
+#endif
+}
+
+int current_cpu() {
+#ifdef __linux__
+  return sched_getcpu();
+#else
+  return -1;
+#endif
+}
+
+void leave_cpus(const std::vector<int>& cpus) {
+#ifdef __linux__
+  cpu_set_t allowed;
+  if (sched_getaffinity(0, sizeof allowed, &allowed) != 0) return;
+  std::vector<int> others;
+  for (int cpu = 0; cpu < CPU_SETSIZE; ++cpu)
+    if (CPU_ISSET(cpu, &allowed) && std::find(cpus.begin(), cpus.end(), cpu) == cpus.end())
+      others.push_back(cpu);
+  const OnCpus moved(others);
+#else
+  (void)cpus;
 #endif
 }
 

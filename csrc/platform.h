@@ -38,6 +38,11 @@ class OnCpus {
   std::vector<char> before_;  // the system's own set; empty: nothing was changed
 };
 
+// The CPU that the calling thread is on; −1 where the system does not tell.
+int current_cpu();
+// Moves the calling thread off these CPUs, to another that it may use, if there is one. It may go where it likes then.
+void leave_cpus(const std::vector<int>& cpus);
+
 // Zeroed memory, 64-byte aligned, in huge pages where the system offers them; pages are touched on first use.
 // Throws std::bad_alloc.
 struct FreeMemory {

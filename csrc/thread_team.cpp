@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cfenv>
-#include <chrono>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -20,18 +19,21 @@ inline void pause() {
 #endif
 }
 
-// Returns once `word` is no longer `old`: spins, then sleeps.
-void wait_while(const std::atomic<uint32_t>& word, uint32_t old) {
-  using Clock = std::chrono::steady_clock;
-  constexpr auto kSpin = std::chrono::microseconds(50);
-  const auto begin = Clock::now();
+// Returns once `word` is no longer `old`: spins, then sleeps. `meanwhile` is called now and then while it spins.
+template <class F>
+void wait_while(const std::atomic<uint32_t>& word, uint32_t old, F&& meanwhile) {
+  constexpr int64_t kSpin = 50'000;
+  const int64_t begin = now_ns();
+  int64_t now = begin;
   do {
     for (int i = 0; i < 64; ++i) {
       if (word.load(std::memory_order_acquire) != old) return;
       pause();
     }
     std::this_thread::yield();  // whoever is waited for may be queued on this very CPU
-  } while (Clock::now() - begin < kSpin);
+    now = now_ns();
+    meanwhile(now);
+  } while (now - begin < kSpin);
   while (word.load(std::memory_order_acquire) == old) word.wait(old, std::memory_order_acquire);
 }
 
@@ -59,6 +61,7 @@ void ThreadTeam::start() {
   counts_.reset(new Member[static_cast<size_t>(size_)]);
   arrived_ = 0;
   active_ = size_;
+  settled_ = 5 * kWindow;
   const uint32_t seen = job_.load();
   try {
     for (int member = 1; member < size_; ++member)
@@ -132,6 +135,7 @@ void ThreadTeam::take_part(int member) {
 
 void ThreadTeam::adapt(int64_t taken) {
   constexpr int64_t kShortest = 100'000'000, kLongest = 1'600'000'000;
+  constexpr int kLasting = 2;
   window_ += taken;
   settled_ += taken;
   if (!judged_) return;
@@ -142,13 +146,14 @@ void ThreadTeam::adapt(int64_t taken) {
     m.judged = m.queued;
   }
   caller_ = std::this_thread::get_id();
-  // Whoever is queued, all wait: beyond this, that costs more than one member does.
-  const bool crowded = queued * active_ > window_;
+  // Whoever is queued, all wait: beyond this, that costs more than one member does. It may pass: it has to last, unless
+  // more have just been tried, which was too early then.
+  crowded_ = queued * active_ > window_ ? crowded_ + 1 : 0;
+  const bool retried = settled_ < 5 * kWindow;
   int next = active_;
-  if (active_ > 1 && crowded) {
+  if (active_ > 1 && crowded_ >= (retried ? 1 : kLasting)) {
     next = active_ - static_cast<int>(std::clamp<int64_t>(queued / window_, 1, active_ - 1));
-    // Soon after more were tried, it was too early.
-    patience_ = settled_ < 5 * kWindow ? std::clamp(2 * patience_, kShortest, kLongest) : kShortest;
+    patience_ = retried ? std::clamp(2 * patience_, kShortest, kLongest) : kShortest;
   } else if (active_ < size_ && settled_ >= patience_) {
     next = active_ + (size_ - active_ + 1) / 2;
   }
@@ -161,7 +166,7 @@ void ThreadTeam::work(int member, uint32_t seen) {
   std::fesetenv(FE_DFL_ENV);
   const OnCpus stay(cpus(member));
   for (;;) {
-    wait_while(job_, seen);
+    wait_while(job_, seen, [](int64_t) {});
     // Who stays out may miss jobs, but none that it takes part in: that one does not end without it.
     seen = job_.load(std::memory_order_acquire);
     if (stop_) return;
@@ -170,11 +175,32 @@ void ThreadTeam::work(int member, uint32_t seen) {
   }
 }
 
+void ThreadTeam::keep_apart(int member, int64_t now) {
+  constexpr int64_t kPause = 10'000'000;
+  Member& me = counts_[member];
+  const int cpu = current_cpu();
+  if (cpu < 0 || now - me.moved < kPause) return;
+  bool shared = false;  // by two: one of them leaves
+  for (int other = 0; other < member; ++other)
+    shared = shared || counts_[other].cpu.load(std::memory_order_relaxed) == cpu;
+  if (!shared) return;
+  me.moved = now;
+  std::vector<int> taken;
+  for (int other = 0; other < active_; ++other)
+    if (other != member) taken.push_back(counts_[other].cpu.load(std::memory_order_relaxed));
+  leave_cpus(taken);
+  me.cpu.store(current_cpu(), std::memory_order_relaxed);
+}
+
 void ThreadTeam::barrier(int member) {
   // The other parity's cursors were last used before the previous barrier: nobody reads them now.
   cursors_[parity(member) ^ 1][member].taken.store(0, std::memory_order_relaxed);
   ++counts_[member].barriers;
   if (active_ == 1) return;
+  counts_[member].cpu.store(current_cpu(), std::memory_order_relaxed);
+  const auto wait = [&](uint32_t before) {
+    wait_while(generation_, before, [&](int64_t now) { keep_apart(member, now); });
+  };
   const uint32_t generation = generation_.load(std::memory_order_relaxed);
   if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == static_cast<uint32_t>(active_)) {
     arrived_.store(0, std::memory_order_relaxed);
@@ -182,10 +208,10 @@ void ThreadTeam::barrier(int member) {
     generation_.notify_all();
   } else if (timed_) {
     const int64_t begin = now_ns();
-    wait_while(generation_, generation);
+    wait(generation);
     counts_[member].waited += now_ns() - begin;
   } else {
-    wait_while(generation_, generation);
+    wait(generation);
   }
 }
 

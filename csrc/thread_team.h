@@ -16,7 +16,8 @@ namespace hexad {
 // floating-point environment (no flush to zero), whatever the caller's is. After a fork the child builds its own
 // members at the next run; a fork while another thread is inside `run` is not supported.
 //
-// A member that waits for a CPU holds up all others at every barrier. So where other programs take CPUs away, the last
+// A member that waits for a CPU holds up all others at every barrier. So members that find themselves on the same CPU part,
+// and where other programs take CPUs away, the last
 // members stay out of the next runs for a while; the others do their share.
 class ThreadTeam {
  public:
@@ -69,7 +70,9 @@ class ThreadTeam {
   };
   using Cursors = std::unique_ptr<Cursor[]>;
   struct alignas(64) Member : Count {
-    int64_t judged = 0;  // `queued` as of the time before
+    int64_t judged = 0;        // `queued` as of the time before
+    int64_t moved = 0;         // when it last left a CPU that another member used, too
+    std::atomic<int> cpu{-1};  // at its last barrier
   };
   static constexpr uint32_t kMostMembers = 1024;
 
@@ -82,6 +85,9 @@ class ThreadTeam {
   void work(int member, uint32_t seen);
   void take_part(int member);
   void adapt(int64_t taken);
+  // While waiting: leaves a CPU that another member is on. The system puts two on one at times, and takes its time to part
+  // them.
+  void keep_apart(int member, int64_t now);
 
   const int size_;
   const std::vector<std::vector<int>> cpus_;  // [size_]
@@ -93,9 +99,11 @@ class ThreadTeam {
   const std::function<void(int)>* body_ = nullptr;
   int active_ = 0;  // members that take part
   // What `adapt` goes by: whether it decides after this run; ns of runs since it did and since the number of members was
-  // changed; how long it stays down once it was lowered; who called the last run it judged.
+  // changed; how long it stays down once it was lowered; times in a row that there were too many; who called the last run
+  // it judged.
   bool judged_ = false;
   int64_t window_ = 0, settled_ = 0, patience_ = 0;
+  int crowded_ = 0;
   std::thread::id caller_;
   Cursors cursors_[2];
   std::unique_ptr<Member[]> counts_;

@@ -23,9 +23,9 @@ def test_flags_go_before_variables_and_those_before_the_file(tmp_path: Path) -> 
 
 def test_a_variable_may_name_the_file(tmp_path: Path) -> None:
     config = tmp_path / "hexad.toml"
-    config.write_text("port = 7\nprefault = true\n")
+    config.write_text("port = 7\nprefault = false\n")
     settings = collect({}, {"HEXAD_CONFIG": str(config)})
-    assert (settings.port, settings.engine["prefault"]) == (7, True)
+    assert (settings.port, settings.engine["prefault"]) == (7, False)
 
 
 def test_variables_are_read_as_their_types() -> None:

@@ -229,7 +229,7 @@ def serve(
     scheduling_policy: Annotated[str | None, typer.Option(help="fcfs or priority.")] = None,
     prefault: Annotated[
         bool | None,
-        typer.Option("--prefault", help="Take the memory of the KV cache and the workspace at once."),
+        typer.Option(help="Whether to take the memory of the KV cache at once, not as it is used."),
     ] = None,
     threads: Threads = None,
     compute: ServerCompute = None,

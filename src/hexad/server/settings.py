@@ -103,7 +103,7 @@ class ServerSettings(BaseModel):
     kv_cache_gib: float | None = None
     enable_prefix_caching: bool = True
     scheduling_policy: Literal["fcfs", "priority"] = "fcfs"
-    prefault: bool = False
+    prefault: bool = True
     max_logprobs: int = 20
     seed: int | None = None
 
