@@ -114,7 +114,7 @@ def test_root_path_loses_its_slash() -> None:
     assert collect({"root_path": "/api/"}, {}).root_path == "/api"
 
 
-def test_the_engines_settings_have_the_engines_defaults() -> None:
+def test_the_engines_settings_have_the_engines_defaults_but_take_their_memory_at_once() -> None:
     from hexad.config import EngineConfig
 
-    assert EngineConfig(**ServerSettings().engine) == EngineConfig()
+    assert EngineConfig(**ServerSettings().engine) == EngineConfig(prefault=True)
