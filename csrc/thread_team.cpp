@@ -128,6 +128,7 @@ void ThreadTeam::post(int active) {
 }
 
 void ThreadTeam::take_part(int member) {
+  counts_[member].cpu.store(current_cpu(), std::memory_order_relaxed);
   (*body_)(member);
   if (judged_) counts_[member].queued = queued_ns();
   barrier(member);

@@ -16,9 +16,9 @@ namespace hexad {
 // floating-point environment (no flush to zero), whatever the caller's is. After a fork the child builds its own
 // members at the next run; a fork while another thread is inside `run` is not supported.
 //
-// A member that waits for a CPU holds up all others at every barrier. So members that find themselves on the same CPU part,
-// and where other programs take CPUs away, the last
-// members stay out of the next runs for a while; the others do their share.
+// A member that waits for a CPU holds up all others at every barrier. So members that find themselves on the same CPU
+// part, and where other programs take CPUs away, the last members stay out of the next runs for a while; the others do
+// their share.
 class ThreadTeam {
  public:
   // cpus: for each member those that it stays on during runs; empty: all are left to the system.
@@ -72,7 +72,7 @@ class ThreadTeam {
   struct alignas(64) Member : Count {
     int64_t judged = 0;        // `queued` as of the time before
     int64_t moved = 0;         // when it last left a CPU that another member used, too
-    std::atomic<int> cpu{-1};  // at its last barrier
+    std::atomic<int> cpu{-1};  // as it began, or at its last barrier
   };
   static constexpr uint32_t kMostMembers = 1024;
 
@@ -85,8 +85,8 @@ class ThreadTeam {
   void work(int member, uint32_t seen);
   void take_part(int member);
   void adapt(int64_t taken);
-  // While waiting: leaves a CPU that another member is on. The system puts two on one at times, and takes its time to part
-  // them.
+  // While waiting: leaves a CPU that another member is on. The system puts two on one at times, and takes its time to
+  // part them.
   void keep_apart(int member, int64_t now);
 
   const int size_;

@@ -314,6 +314,25 @@ def test_limits_are_filled_exactly() -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="threads cannot be bound here")
+def test_threads_that_part_may_go_anywhere_afterwards() -> None:
+    """Those that find themselves on one CPU leave it, but are bound to none."""
+    before = {int(task.name) for task in Path("/proc/self/task").iterdir()}
+    executable = compiled(8)
+    expected = compiled(1)
+    expected.forward(GOOD)
+    added = [int(task.name) for task in Path("/proc/self/task").iterdir() if int(task.name) not in before]
+    assert len(added) == 7
+    allowed = os.sched_getaffinity(0)
+    for _ in range(20):
+        for thread in (0, *added):  # all on one, and free to leave it
+            os.sched_setaffinity(thread, {min(allowed)})
+            os.sched_setaffinity(thread, allowed)
+        executable.forward(GOOD)
+        assert np.array_equal(executable.logits(), expected.logits())
+        assert all(os.sched_getaffinity(thread) == allowed for thread in (0, *added))
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="threads cannot be bound here")
 def test_threads_stay_on_their_cpus_during_runs() -> None:
     allowed = sorted(os.sched_getaffinity(0))
     cpus = [[allowed[0]], [allowed[-1]], allowed]
