@@ -4,7 +4,17 @@ from __future__ import annotations
 
 import pytest
 
-from hexad.engine.pace import ATTENTION_MACS, BYTES, GROWTH, LONGEST_STEP, MACS, STRETCH, Pace
+from hexad.engine.pace import (
+    ATTENTION_MACS,
+    BYTES,
+    GROWTH,
+    LEARNING,
+    LONGEST_STEP,
+    MACS,
+    STRETCH,
+    SURPRISE,
+    Pace,
+)
 from hexad.engine.step import StepCost
 
 COST = StepCost(
@@ -121,11 +131,25 @@ def test_the_first_measurement_replaces_the_guess_and_a_later_outlier_does_not()
         return pace.begin(1, 0, prompts=1, watched=True) / ((STRETCH - 1) * own)
 
     assert measured(0.25) == pytest.approx(0.25)
-    for _ in range(20):
-        measured(0.25)
-    assert 0.25 < measured(2.5) < 0.5  # a tenth of the way
-    # What no machine does, such as a process that slept for an hour, is not believed.
-    assert measured(1e9) < 1000
+    assert 0.25 < measured(0.75) < 0.75  # the mean of the first ones
+    for _ in range(40):
+        before = measured(0.25)
+    assert before == pytest.approx(0.25, rel=0.02)
+    for surprise in (2.5, 1e9):
+        before, after = measured(0.25), measured(surprise)
+        assert after == pytest.approx(before * (1 + LEARNING * (SURPRISE - 1)))
+    assert measured(1e-9) >= before * (1 - LEARNING * (1 - 1 / SURPRISE))
+    for _ in range(100):  # what lasts is learnt
+        measured(2.5)
+    assert measured(2.5) == pytest.approx(2.5, rel=0.02)
+
+
+def test_a_first_measurement_that_no_machine_makes_is_not_believed() -> None:
+    """Such as of a process that slept for an hour."""
+    pace, own = Pace(COST), streams_alone(1, 0)
+    pace.begin(1, 0, prompts=1, watched=True)
+    pace.end(1e9 * own)
+    assert pace.begin(1, 0, prompts=1, watched=True) <= 1e3 * (STRETCH - 1) * own
 
 
 def test_a_step_of_nothing_teaches_nothing() -> None:

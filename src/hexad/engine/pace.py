@@ -25,6 +25,9 @@ ATTENTION_MACS = 25e9
 LEARNING = 0.1
 """Weight of the newest measurement."""
 
+SURPRISE = 1.5
+"""How far from what was expected a measurement counts: what is beyond is others' doing."""
+
 GROWTH = 512
 """Tokens that streams may grow by while prompts come before it counts: until then a step is measured by what
 the streams took as the prompts came, or a long prompt would slow them down more and more."""
@@ -103,6 +106,8 @@ class Pace:
 
 
 def _corrected(factor: float, measured: float, steps: int) -> float:
-    """A moving average that forgets its first guess at once."""
-    weight = max(LEARNING, 1 / (steps + 1))
+    """A moving average that forgets its first guess at once, and later hardly minds single steps."""
+    weight = 1 / (steps + 1)
+    if weight < LEARNING:
+        weight, measured = LEARNING, min(max(measured, factor / SURPRISE), factor * SURPRISE)
     return factor + weight * (min(max(measured, 1e-3), 1e3) - factor)
