@@ -7,6 +7,7 @@
 //   kZero            what to subtract from a code: 0 or a power of two ≥ 4
 //   kHasMinimum      whether minimum() adds something
 //   kFactors         whether parts have integer factors: scale and minimum are what they share
+//   head             what all groups of a block have in common: read once
 //   scale, minimum   of one part of group g of the block; with factors a part's own is a product with
 //   scale_factor, minimum_factor
 //   order(i)         the i-th quad to be read of a group, parts in turn: loads are shared by neighbours
@@ -81,6 +82,12 @@ struct SixBits {
   }
 };
 
+// What a block's groups have in common; nothing where a block is one group, whose scales are read when needed.
+struct Head {
+  F32 d, m;
+};
+struct NoHead {};
+
 // An fp16 scale, and perhaps minimum, for each group.
 template <class Packed, class Codes, int kZeroPoint, bool kMinimum>
 struct HalfScales {
@@ -88,8 +95,9 @@ struct HalfScales {
   static constexpr int kGroups = 1, kParts = 1, kBits = Codes::kBits, kZero = kZeroPoint;
   static constexpr bool kPacked = true;
   static constexpr bool kHasMinimum = kMinimum, kFactors = false;
-  static F32 scale(const Block& b, int, int, int half) { return load_f16(b.d + 16 * half); }
-  static F32 minimum(const Block& b, int, int, int half) {
+  static NoHead head(const Block&, int) { return {}; }
+  static F32 scale(NoHead, const Block& b, int, int, int half) { return load_f16(b.d + 16 * half); }
+  static F32 minimum(NoHead, const Block& b, int, int, int half) {
     if constexpr (kMinimum)
       return load_f16(b.m + 16 * half);
     else
@@ -106,42 +114,48 @@ using W5M = HalfScales<W5MGroup, FiveBits, 0, true>;
 using W8 = HalfScales<W8Group, EightBits, 128, false>;
 
 // The K-quants: products of an fp16 and an integer of at most 8 bits, which float32 holds exactly.
-template <class Packed, class Codes>
+template <class Packed, class Codes, bool kMinimum>
 struct SuperBlock {
   using Block = Packed;
   static constexpr int kGroups = kSuperGroups, kBits = Codes::kBits;
-  static constexpr bool kPacked = true;
+  static constexpr bool kPacked = true, kHasMinimum = kMinimum;
+  static Head head(const Block& b, int half) {
+    if constexpr (kMinimum)
+      return {load_f16(b.d + 16 * half), load_f16(b.m + 16 * half)};
+    else
+      return {load_f16(b.d + 16 * half), splat(0)};
+  }
   static constexpr int order(int i) { return Codes::order(i); }
   static Quads quad(const Block& b, int g, int c, int half) { return Codes::code(b.groups[g], c, half); }
 };
 
 template <class Packed, class Codes>
-struct ByteScales : SuperBlock<Packed, Codes> {
+struct ByteScales : SuperBlock<Packed, Codes, true> {
   static constexpr int kParts = 1, kZero = 0;
-  static constexpr bool kHasMinimum = true, kFactors = false;
-  static F32 scale(const Packed& b, int g, int, int half) {
-    return mul(load_f16(b.d + 16 * half), to_float(load_bytes(b.scales[g] + 16 * half)));
+  static constexpr bool kFactors = false;
+  static F32 scale(const Head& head, const Packed& b, int g, int, int half) {
+    return mul(head.d, to_float(load_bytes(b.scales[g] + 16 * half)));
   }
-  static F32 minimum(const Packed& b, int g, int, int half) {
-    return mul(load_f16(b.m + 16 * half), to_float(load_bytes(b.minimums[g] + 16 * half)));
+  static F32 minimum(const Head& head, const Packed& b, int g, int, int half) {
+    return mul(head.m, to_float(load_bytes(b.minimums[g] + 16 * half)));
   }
 };
 
 template <class Packed, class Codes, int kZeroPoint>
-struct SignedScales : SuperBlock<Packed, Codes> {
+struct SignedScales : SuperBlock<Packed, Codes, false> {
   static constexpr int kParts = 2, kZero = kZeroPoint;
-  static constexpr bool kHasMinimum = false, kFactors = false;
-  static F32 scale(const Packed& b, int g, int part, int half) {
-    return mul(load_f16(b.d + 16 * half), to_float(load_bytes(b.scales[2 * g + part] + 16 * half)));
+  static constexpr bool kFactors = false;
+  static F32 scale(const Head& head, const Packed& b, int g, int part, int half) {
+    return mul(head.d, to_float(load_bytes(b.scales[2 * g + part] + 16 * half)));
   }
-  static F32 minimum(const Packed&, int, int, int) { return splat(0); }
+  static F32 minimum(const Head& head, const Packed&, int, int, int) { return head.m; }
 };
 
-struct W2K : SuperBlock<W2KBlock, TwoBits> {
+struct W2K : SuperBlock<W2KBlock, TwoBits, true> {
   static constexpr int kParts = 2, kZero = 0;
-  static constexpr bool kHasMinimum = true, kFactors = true;
-  static F32 scale(const Block& b, int, int, int half) { return load_f16(b.d + 16 * half); }
-  static F32 minimum(const Block& b, int, int, int half) { return load_f16(b.m + 16 * half); }
+  static constexpr bool kFactors = true;
+  static F32 scale(const Head& head, const Block&, int, int, int) { return head.d; }
+  static F32 minimum(const Head& head, const Block&, int, int, int) { return head.m; }
   static I32 scale_factor(const Block& b, int g, int part, int half) {
     return load_nibbles(b.scales[2 * g + part] + 16 * half, 0);
   }
@@ -201,10 +215,11 @@ struct Strip {
   static constexpr bool kPacked = false;
   static constexpr bool kHasMinimum = Packed::kHasMinimum, kFactors = Packed::kFactors;
   using Block = StripGroup<Packed>;
-  static F32 scale(const Block& b, int, int part, int half) {
+  static NoHead head(const Block&, int) { return {}; }
+  static F32 scale(NoHead, const Block& b, int, int part, int half) {
     return load(b.d[kFactors ? 0 : part] + 16 * half);
   }
-  static F32 minimum(const Block& b, int, int, int half) { return load(b.m[0] + 16 * half); }
+  static F32 minimum(NoHead, const Block& b, int, int, int half) { return load(b.m[0] + 16 * half); }
   static const Part& factor(const Block& b, int, int part, int half) { return b.factors[part][half]; }
   static const I32& minimum_factors(const Block& b, int, int half) { return b.minimum_factors[half]; }
   static constexpr int order(int i) { return i; }
@@ -216,10 +231,11 @@ struct Strip {
       const typename Packed::Block& from = panel[(first + i) / Packed::kGroups];
       const int g = static_cast<int>((first + i) % Packed::kGroups);
       for (int half = 0; half < 2; ++half) {
+        const auto head = Packed::head(from, half);
         HEXAD_UNROLL
         for (int part = 0; part < Block::kScales; ++part)
-          store(to->d[part] + 16 * half, Packed::scale(from, g, part, half));
-        if constexpr (kHasMinimum) store(to->m[0] + 16 * half, Packed::minimum(from, g, 0, half));
+          store(to->d[part] + 16 * half, Packed::scale(head, from, g, part, half));
+        if constexpr (kHasMinimum) store(to->m[0] + 16 * half, Packed::minimum(head, from, g, 0, half));
         if constexpr (kFactors) {
           for (int part = 0; part < kParts; ++part)
             to->factors[part][half] = Packed::factor(from, g, part, half);

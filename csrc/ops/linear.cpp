@@ -12,7 +12,7 @@ constexpr int64_t kStripGroups = kStripColumns / kGroup;
 
 // How far ahead of its use a panel is asked for, in bytes. Hardware stops looking ahead at the end of each page of
 // 4 KiB, which a panel is past after a few groups.
-constexpr int64_t kAhead = 4096;
+constexpr int64_t kAhead = 8192;
 
 // Of a tile of W rows.
 template <int W>
@@ -31,10 +31,13 @@ inline __attribute__((always_inline)) void quantised_block(const typename Codec:
   for (int t = 0; t < T; ++t)
     for (int h = 0; h < H; ++h)
       sums[h][t] = resume ? load(out + t * kPanelRows + 16 * (first_half + h)) : splat(0);
+  decltype(Codec::head(*panel, 0)) heads[H];
   for (int64_t i = 0; i < count; ++i, x += kGroupBytes<W>) {
     const int64_t group = Codec::kPacked && index ? index[i] : i;
     const typename Codec::Block& block = panel[group / Codec::kGroups];
     const int g = static_cast<int>(group % Codec::kGroups);
+    if (g == 0 || index)
+      for (int h = 0; h < H; ++h) heads[h] = Codec::head(block, first_half + h);
     if (Codec::kPacked && index == nullptr) {
       constexpr int64_t kBytes = sizeof(typename Codec::Block) / Codec::kGroups;
       const char* ahead = reinterpret_cast<const char*>(panel) + i * kBytes + kAhead;
@@ -79,7 +82,7 @@ inline __attribute__((always_inline)) void quantised_block(const typename Codec:
         }
       }
       F32 scale[H], minimum[H];
-      for (int h = 0; h < H; ++h) scale[h] = Codec::scale(block, g, part, first_half + h);
+      for (int h = 0; h < H; ++h) scale[h] = Codec::scale(heads[h], block, g, part, first_half + h);
       if constexpr (!Codec::kFactors) {
         HEXAD_UNROLL
         for (int t = 0; t < T; ++t) {
@@ -89,7 +92,7 @@ inline __attribute__((always_inline)) void quantised_block(const typename Codec:
             sums[h][t] = fma(to_float(dots[h][t].end(from)), mul(scale[h], dx), sums[h][t]);
         }
         if constexpr (!Codec::kHasMinimum) continue;
-        for (int h = 0; h < H; ++h) minimum[h] = Codec::minimum(block, g, part, first_half + h);
+        for (int h = 0; h < H; ++h) minimum[h] = Codec::minimum(heads[h], block, g, part, first_half + h);
         HEXAD_UNROLL
         for (int t = 0; t < T; ++t) {
           const F32 sx = splat(s[t]);
@@ -101,7 +104,7 @@ inline __attribute__((always_inline)) void quantised_block(const typename Codec:
           for (int h = 0; h < H; ++h)
             parts[h][t] = dots[h][t].scaled(Codec::factor(block, g, 0, first_half + h));
       } else {
-        for (int h = 0; h < H; ++h) minimum[h] = Codec::minimum(block, g, 0, first_half + h);
+        for (int h = 0; h < H; ++h) minimum[h] = Codec::minimum(heads[h], block, g, 0, first_half + h);
         HEXAD_UNROLL
         for (int t = 0; t < T; ++t) {
           const F32 dx = splat(d[t]);
@@ -267,9 +270,10 @@ inline F32 code(const Quads& quad, int k) { return to_float(byte_of(quad, k)); }
 // Calls f(weights of 16 rows) for each column of a group in order: (code − zero) · scale + minimum.
 template <class Codec, class F>
 inline void each_column(const typename Codec::Block& b, int g, int half, F f) {
+  const auto head = Codec::head(b, half);
   for (int c = 0; c < 8; ++c) {
     const int part = c * Codec::kParts / 8;
-    F32 scale = Codec::scale(b, g, part, half), minimum = Codec::minimum(b, g, part, half);
+    F32 scale = Codec::scale(head, b, g, part, half), minimum = Codec::minimum(head, b, g, part, half);
     if constexpr (Codec::kFactors) {
       scale = mul(scale, to_float(Codec::scale_factor(b, g, part, half)));
       minimum = mul(minimum, to_float(Codec::minimum_factor(b, g, part, half)));
