@@ -167,8 +167,10 @@ class LLM:
             while not finished:
                 with self._turn:
                     self._check_ready()
-                    while not request.finished and (final_only or request.num_generated == seen):
-                        self._step()
+                    with _whole_steps() as between:
+                        while not request.finished and (final_only or request.num_generated == seen):
+                            self._step()
+                            between()
                     seen, finished = request.num_generated, request.finished
                     output = request.output(delta)
                 yield output
@@ -290,11 +292,12 @@ class LLM:
                         request = self._submit(prompt, param, priority, generate=generate, watched=False)
                     requests[request.request_id] = request
                 left = len(requests)
-                with _progress(left, show_progress) as report:
+                with _progress(left, show_progress) as report, _whole_steps() as between:
                     while left:
                         advanced = [r for r in self._step() if r.request_id in requests]
                         left -= sum(r.finished for r in advanced)
                         report(advanced)
+                        between()
             finally:
                 for request_id in requests:
                     self.engine.abort(request_id)
@@ -323,8 +326,7 @@ class LLM:
 
     def _step(self) -> list[Request]:
         self._check_ready()
-        with _whole_step():
-            return self.engine.step()
+        return self.engine.step()
 
     def _check_ready(self) -> None:
         if self._state != "ready":
@@ -385,13 +387,13 @@ def _priorities(given: int | Sequence[int] | None, count: int) -> list[int]:
 
 
 @contextmanager
-def _whole_step() -> Iterator[None]:
-    """Holds Ctrl-C back until the block is done, so that it does not leave the engine in the midst of a
-    step. A second one, of a user in a hurry, does not wait; a handler that is not Python's own is left
-    alone."""
+def _whole_steps() -> Iterator[Callable[[], None]]:
+    """Holds Ctrl-C back while the block runs, so that it does not leave the engine in the midst of a step.
+    What it yields is called between steps, and raises KeyboardInterrupt if it has been pressed. A second one,
+    of a user in a hurry, does not wait; a handler that is not Python's own is left alone."""
     python_s = signal.getsignal(signal.SIGINT) is signal.default_int_handler
     if not python_s or threading.current_thread() is not threading.main_thread():
-        yield
+        yield lambda: None
         return
     pressed = False
 
@@ -401,13 +403,15 @@ def _whole_step() -> Iterator[None]:
             raise KeyboardInterrupt
         pressed = True
 
+    def between() -> None:
+        if pressed:
+            raise KeyboardInterrupt
+
     signal.signal(signal.SIGINT, press)
     try:
-        yield
+        yield between
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    if pressed:
-        raise KeyboardInterrupt
 
 
 @contextmanager
