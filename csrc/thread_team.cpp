@@ -19,10 +19,14 @@ inline void pause() {
 #endif
 }
 
-// Returns once `word` is no longer `old`: spins, then sleeps. `meanwhile` is called now and then while it spins.
+// How long members spin, in ns: for others at a barrier; for the next run, which comes after what Python does between
+// two steps. Waking a thread takes some 50 µs.
+constexpr int64_t kSpinAtBarriers = 50'000, kSpinBetweenRuns = 500'000;
+
+// Returns once `word` is no longer `old`: spins for `spin` ns, then sleeps. `meanwhile` is called now and then while it
+// spins.
 template <class F>
-void wait_while(const std::atomic<uint32_t>& word, uint32_t old, F&& meanwhile) {
-  constexpr int64_t kSpin = 50'000;
+void wait_while(const std::atomic<uint32_t>& word, uint32_t old, int64_t spin, F&& meanwhile) {
   const int64_t begin = now_ns();
   int64_t now = begin;
   do {
@@ -33,7 +37,7 @@ void wait_while(const std::atomic<uint32_t>& word, uint32_t old, F&& meanwhile) 
     std::this_thread::yield();  // whoever is waited for may be queued on this very CPU
     now = now_ns();
     meanwhile(now);
-  } while (now - begin < kSpin);
+  } while (now - begin < spin);
   while (word.load(std::memory_order_acquire) == old) word.wait(old, std::memory_order_acquire);
 }
 
@@ -167,7 +171,7 @@ void ThreadTeam::work(int member, uint32_t seen) {
   std::fesetenv(FE_DFL_ENV);
   const OnCpus stay(cpus(member));
   for (;;) {
-    wait_while(job_, seen, [](int64_t) {});
+    wait_while(job_, seen, kSpinBetweenRuns, [](int64_t) {});
     // Who stays out may miss jobs, but none that it takes part in: that one does not end without it.
     seen = job_.load(std::memory_order_acquire);
     if (stop_) return;
@@ -200,7 +204,7 @@ void ThreadTeam::barrier(int member) {
   if (active_ == 1) return;
   counts_[member].cpu.store(current_cpu(), std::memory_order_relaxed);
   const auto wait = [&](uint32_t before) {
-    wait_while(generation_, before, [&](int64_t now) { keep_apart(member, now); });
+    wait_while(generation_, before, kSpinAtBarriers, [&](int64_t now) { keep_apart(member, now); });
   };
   const uint32_t generation = generation_.load(std::memory_order_relaxed);
   if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == static_cast<uint32_t>(active_)) {

@@ -12,7 +12,7 @@
 
 namespace hexad {
 
-// The caller is member 0. Waiting members spin for at most 50 µs and then sleep. All compute with the default
+// The caller is member 0. Waiting members spin for at most 50 µs, or 500 for the next run, and then sleep. All compute with the default
 // floating-point environment (no flush to zero), whatever the caller's is. After a fork the child builds its own
 // members at the next run; a fork while another thread is inside `run` is not supported.
 //
