@@ -43,6 +43,19 @@ int current_cpu();
 // Moves the calling thread off these CPUs, to another that it may use, if there is one. It may go where it likes then.
 void leave_cpus(const std::vector<int>& cpus);
 
+// Until the object ends the calling thread takes its share of a CPU that others want, too, in short turns, if the system
+// can do that (Linux from 6.12 on).
+class ShortTurns {
+ public:
+  ShortTurns();
+  ~ShortTurns();
+  ShortTurns(const ShortTurns&) = delete;
+  ShortTurns& operator=(const ShortTurns&) = delete;
+
+ private:
+  uint64_t before_;  // a turn in ns; 0: nothing was changed
+};
+
 // Zeroed memory, 64-byte aligned, in huge pages where the system offers them; pages are touched on first use.
 // Throws std::bad_alloc.
 struct FreeMemory {

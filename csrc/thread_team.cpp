@@ -112,6 +112,7 @@ void ThreadTeam::run(const std::function<void(int)>& body) {
   std::fegetenv(&callers);
   std::fesetenv(FE_DFL_ENV);
   const OnCpus stay(cpus(0));
+  const ShortTurns turns;
   body_ = &body;
   for (int member = 0; member < active_; ++member) {
     counts_[member].barriers = 0;
@@ -170,6 +171,7 @@ void ThreadTeam::adapt(int64_t taken) {
 void ThreadTeam::work(int member, uint32_t seen) {
   std::fesetenv(FE_DFL_ENV);
   const OnCpus stay(cpus(member));
+  const ShortTurns turns;
   for (;;) {
     wait_while(job_, seen, kSpinBetweenRuns, [](int64_t) {});
     // Who stays out may miss jobs, but none that it takes part in: that one does not end without it.

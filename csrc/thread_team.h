@@ -12,13 +12,13 @@
 
 namespace hexad {
 
-// The caller is member 0. Waiting members spin for at most 50 µs, or 500 for the next run, and then sleep. All compute with the default
-// floating-point environment (no flush to zero), whatever the caller's is. After a fork the child builds its own
-// members at the next run; a fork while another thread is inside `run` is not supported.
+// The caller is member 0. Waiting members spin for at most 50 µs, or 500 for the next run, and then sleep. All compute
+// with the default floating-point environment (no flush to zero), whatever the caller's is. After a fork the child builds
+// its own members at the next run; a fork while another thread is inside `run` is not supported.
 //
-// A member that waits for a CPU holds up all others at every barrier. So members that find themselves on the same CPU
-// part, and where other programs take CPUs away, the last members stay out of the next runs for a while; the others do
-// their share.
+// A member that waits for a CPU holds up all others at every barrier. So members take short turns where they share a CPU
+// with other programs, those that find themselves on the same CPU part, and where other programs take CPUs away, the
+// last members stay out of the next runs for a while; the others do their share.
 class ThreadTeam {
  public:
   // cpus: for each member those that it stays on during runs; empty: all are left to the system.
