@@ -1,8 +1,10 @@
 #include "platform.h"
 
 #include <fcntl.h>
+#include <pthread.h>
 #include <sched.h>
 #include <sys/mman.h>
+#include <time.h>
 #include <unistd.h>
 
 #ifdef __linux__
@@ -88,6 +90,41 @@ void leave_cpus(const std::vector<int>& cpus) {
   const OnCpus moved(others);
 #else
   (void)cpus;
+#endif
+}
+
+ThreadNumbers this_thread() {
+#ifdef __linux__
+  clockid_t clock;
+  if (pthread_getcpuclockid(pthread_self(), &clock) == 0)
+    return {static_cast<int>(syscall(SYS_gettid)), clock};
+#endif
+  return {};
+}
+
+int64_t on_cpu_ns(ThreadNumbers thread) {
+#ifdef __linux__
+  timespec time;
+  if (thread.id > 0 && clock_gettime(thread.clock, &time) == 0)
+    return int64_t{time.tv_sec} * 1'000'000'000 + time.tv_nsec;
+#else
+  (void)thread;
+#endif
+  return -1;
+}
+
+void bring_here(ThreadNumbers thread) {
+#ifdef __linux__
+  cpu_set_t allowed, here;
+  const int cpu = sched_getcpu();
+  if (cpu < 0 || cpu >= CPU_SETSIZE || sched_getaffinity(thread.id, sizeof allowed, &allowed) != 0) return;
+  if (!CPU_ISSET(cpu, &allowed)) return;
+  CPU_ZERO(&here);
+  CPU_SET(cpu, &here);
+  if (sched_setaffinity(thread.id, sizeof here, &here) == 0)
+    sched_setaffinity(thread.id, sizeof allowed, &allowed);
+#else
+  (void)thread;
 #endif
 }
 

@@ -43,6 +43,16 @@ int current_cpu();
 // Moves the calling thread off these CPUs, to another that it may use, if there is one. It may go where it likes then.
 void leave_cpus(const std::vector<int>& cpus);
 
+// A thread, for others to look after; the system's numbers, 0 where there is none.
+struct ThreadNumbers {
+  int id = 0, clock = 0;
+};
+ThreadNumbers this_thread();
+// How long it has been on a CPU, in ns; −1 where the system does not tell.
+int64_t on_cpu_ns(ThreadNumbers thread);
+// Moves it to the calling thread's CPU, if it may go there, from the queue of another. It may go where it likes then.
+void bring_here(ThreadNumbers thread);
+
 // Until the object ends the calling thread takes its share of a CPU that others want, too, in short turns, if the system
 // can do that (Linux from 6.12 on).
 class ShortTurns {

@@ -6,8 +6,6 @@
 #include <string>
 #include <utility>
 
-#include "platform.h"
-
 namespace hexad {
 namespace {
 
@@ -23,10 +21,11 @@ inline void pause() {
 // two steps. Waking a thread takes some 50 µs.
 constexpr int64_t kSpinAtBarriers = 50'000, kSpinBetweenRuns = 500'000;
 
-// Returns once `word` is no longer `old`: spins for `spin` ns, then sleeps. `meanwhile` is called now and then while it
-// spins.
-template <class F>
-void wait_while(const std::atomic<uint32_t>& word, uint32_t old, int64_t spin, F&& meanwhile) {
+// Returns once `word` is no longer `old`: spins for `spin` ns, calling `meanwhile` now and then, and calls `before_sleep`
+// before it sleeps.
+template <class F, class G>
+void wait_while(const std::atomic<uint32_t>& word, uint32_t old, int64_t spin, F&& meanwhile,
+                G&& before_sleep) {
   const int64_t begin = now_ns();
   int64_t now = begin;
   do {
@@ -38,6 +37,7 @@ void wait_while(const std::atomic<uint32_t>& word, uint32_t old, int64_t spin, F
     now = now_ns();
     meanwhile(now);
   } while (now - begin < spin);
+  before_sleep();
   while (word.load(std::memory_order_acquire) == old) word.wait(old, std::memory_order_acquire);
 }
 
@@ -113,9 +113,11 @@ void ThreadTeam::run(const std::function<void(int)>& body) {
   std::fesetenv(FE_DFL_ENV);
   const OnCpus stay(cpus(0));
   const ShortTurns turns;
+  counts_[0].thread.store(this_thread(), std::memory_order_relaxed);
   body_ = &body;
   for (int member = 0; member < active_; ++member) {
     counts_[member].barriers = 0;
+    counts_[member].passed.store(0, std::memory_order_relaxed);
     for (Cursors& cursors : cursors_) cursors[member].taken.store(0, std::memory_order_relaxed);
   }
   judged_ = window_ >= kWindow;
@@ -172,8 +174,9 @@ void ThreadTeam::work(int member, uint32_t seen) {
   std::fesetenv(FE_DFL_ENV);
   const OnCpus stay(cpus(member));
   const ShortTurns turns;
+  counts_[member].thread.store(this_thread(), std::memory_order_relaxed);
   for (;;) {
-    wait_while(job_, seen, kSpinBetweenRuns, [](int64_t) {});
+    wait_while(job_, seen, kSpinBetweenRuns, [](int64_t) {}, [] {});
     // Who stays out may miss jobs, but none that it takes part in: that one does not end without it.
     seen = job_.load(std::memory_order_acquire);
     if (stop_) return;
@@ -199,14 +202,41 @@ void ThreadTeam::keep_apart(int member, int64_t now) {
   me.cpu.store(current_cpu(), std::memory_order_relaxed);
 }
 
+bool ThreadTeam::is_late(int other, int member) const {
+  return counts_[other].passed.load(std::memory_order_relaxed) < counts_[member].barriers;
+}
+
+ThreadTeam::Late ThreadTeam::find_late(int member) const {
+  for (int i = 1; i < active_; ++i) {
+    const int other = (member + i) % active_;
+    if (is_late(other, member))
+      return {other, on_cpu_ns(counts_[other].thread.load(std::memory_order_relaxed))};
+  }
+  return {};
+}
+
+void ThreadTeam::bring(const Late& late, int member) {
+  if (late.member < 0 || late.on_cpu < 0 || !is_late(late.member, member)) return;
+  const ThreadNumbers thread = counts_[late.member].thread.load(std::memory_order_relaxed);
+  if (on_cpu_ns(thread) == late.on_cpu) bring_here(thread);
+}
+
 void ThreadTeam::barrier(int member) {
   // The other parity's cursors were last used before the previous barrier: nobody reads them now.
   cursors_[parity(member) ^ 1][member].taken.store(0, std::memory_order_relaxed);
-  ++counts_[member].barriers;
+  counts_[member].passed.store(++counts_[member].barriers, std::memory_order_relaxed);
   if (active_ == 1) return;
   counts_[member].cpu.store(current_cpu(), std::memory_order_relaxed);
   const auto wait = [&](uint32_t before) {
-    wait_while(generation_, before, kSpinAtBarriers, [&](int64_t now) { keep_apart(member, now); });
+    const int64_t begin = now_ns();
+    Late late;
+    wait_while(
+        generation_, before, kSpinAtBarriers,
+        [&](int64_t now) {
+          keep_apart(member, now);
+          if (late.member < 0 && now - begin > kSpinAtBarriers / 2) late = find_late(member);
+        },
+        [&] { bring(late, member); });
   };
   const uint32_t generation = generation_.load(std::memory_order_relaxed);
   if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == static_cast<uint32_t>(active_)) {

@@ -10,6 +10,8 @@
 #include <thread>
 #include <vector>
 
+#include "platform.h"
+
 namespace hexad {
 
 // The caller is member 0. Waiting members spin for at most 50 µs, or 500 for the next run, and then sleep. All compute
@@ -17,8 +19,9 @@ namespace hexad {
 // its own members at the next run; a fork while another thread is inside `run` is not supported.
 //
 // A member that waits for a CPU holds up all others at every barrier. So members take short turns where they share a CPU
-// with other programs, those that find themselves on the same CPU part, and where other programs take CPUs away, the
-// last members stay out of the next runs for a while; the others do their share.
+// with other programs, those that find themselves on the same CPU part, and one that gets no turn at all is brought to
+// the CPU of another that waits for it. Where other programs take CPUs away for long, the last members stay out of the
+// next runs for a while; the others do their share.
 class ThreadTeam {
  public:
   // cpus: for each member those that it stays on during runs; empty: all are left to the system.
@@ -70,9 +73,11 @@ class ThreadTeam {
   };
   using Cursors = std::unique_ptr<Cursor[]>;
   struct alignas(64) Member : Count {
-    int64_t judged = 0;        // `queued` as of the time before
-    int64_t moved = 0;         // when it last left a CPU that another member used, too
-    std::atomic<int> cpu{-1};  // as it began, or at its last barrier
+    int64_t judged = 0;              // `queued` as of the time before
+    int64_t moved = 0;               // when it last left a CPU that another member used, too
+    std::atomic<int> cpu{-1};        // as it began, or at its last barrier
+    std::atomic<int64_t> passed{0};  // barriers of the run that it has come to
+    std::atomic<ThreadNumbers> thread{ThreadNumbers{}};
   };
   static constexpr uint32_t kMostMembers = 1024;
 
@@ -88,6 +93,15 @@ class ThreadTeam {
   // While waiting: leaves a CPU that another member is on. The system puts two on one at times, and takes its time to
   // part them.
   void keep_apart(int member, int64_t now);
+  // While waiting: a member that others wait for, and how long it had been on a CPU when that was noticed.
+  struct Late {
+    int member = -1;
+    int64_t on_cpu = 0;
+  };
+  bool is_late(int other, int member) const;
+  Late find_late(int member) const;
+  // Brings a late member that has not been on a CPU since to this one, which has nothing to do.
+  void bring(const Late& late, int member);
 
   const int size_;
   const std::vector<std::vector<int>> cpus_;  // [size_]
