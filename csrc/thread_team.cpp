@@ -21,11 +21,10 @@ inline void pause() {
 // two steps. Waking a thread takes some 50 µs.
 constexpr int64_t kSpinAtBarriers = 50'000, kSpinBetweenRuns = 500'000;
 
-// Returns once `word` is no longer `old`: spins for `spin` ns, calling `meanwhile` now and then, and calls `before_sleep`
-// before it sleeps.
+// Returns once `word` is no longer `old`: spins for `spin` ns, calling `meanwhile` now and then, and on while
+// `patient` says so, then sleeps.
 template <class F, class G>
-void wait_while(const std::atomic<uint32_t>& word, uint32_t old, int64_t spin, F&& meanwhile,
-                G&& before_sleep) {
+void wait_while(const std::atomic<uint32_t>& word, uint32_t old, int64_t spin, F&& meanwhile, G&& patient) {
   const int64_t begin = now_ns();
   int64_t now = begin;
   do {
@@ -36,8 +35,7 @@ void wait_while(const std::atomic<uint32_t>& word, uint32_t old, int64_t spin, F
     std::this_thread::yield();  // whoever is waited for may be queued on this very CPU
     now = now_ns();
     meanwhile(now);
-  } while (now - begin < spin);
-  before_sleep();
+  } while (now - begin < spin || patient(now - begin));
   while (word.load(std::memory_order_acquire) == old) word.wait(old, std::memory_order_acquire);
 }
 
@@ -176,7 +174,7 @@ void ThreadTeam::work(int member, uint32_t seen) {
   const ShortTurns turns;
   counts_[member].thread.store(this_thread(), std::memory_order_relaxed);
   for (;;) {
-    wait_while(job_, seen, kSpinBetweenRuns, [](int64_t) {}, [] {});
+    wait_while(job_, seen, kSpinBetweenRuns, [](int64_t) {}, [](int64_t) { return false; });
     // Who stays out may miss jobs, but none that it takes part in: that one does not end without it.
     seen = job_.load(std::memory_order_acquire);
     if (stop_) return;
@@ -215,10 +213,14 @@ ThreadTeam::Late ThreadTeam::find_late(int member) const {
   return {};
 }
 
-void ThreadTeam::bring(const Late& late, int member) {
-  if (late.member < 0 || late.on_cpu < 0 || !is_late(late.member, member)) return;
+bool ThreadTeam::bring(const Late& late, int member, int64_t waited) {
+  constexpr int64_t kPatience = 2'000'000;
+  if (late.member < 0 || late.on_cpu < 0 || !is_late(late.member, member)) return false;
   const ThreadNumbers thread = counts_[late.member].thread.load(std::memory_order_relaxed);
-  if (on_cpu_ns(thread) == late.on_cpu) bring_here(thread);
+  if (on_cpu_ns(thread) != late.on_cpu) return false;
+  if (waited < kPatience) return true;
+  bring_here(thread);
+  return false;
 }
 
 void ThreadTeam::barrier(int member) {
@@ -236,7 +238,7 @@ void ThreadTeam::barrier(int member) {
           keep_apart(member, now);
           if (late.member < 0 && now - begin > kSpinAtBarriers / 2) late = find_late(member);
         },
-        [&] { bring(late, member); });
+        [&](int64_t waited) { return bring(late, member, waited); });
   };
   const uint32_t generation = generation_.load(std::memory_order_relaxed);
   if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == static_cast<uint32_t>(active_)) {

@@ -100,8 +100,9 @@ class ThreadTeam {
   };
   bool is_late(int other, int member) const;
   Late find_late(int member) const;
-  // Brings a late member that has not been on a CPU since to this one, which has nothing to do.
-  void bring(const Late& late, int member);
+  // Brings a late member that has not been on a CPU for long to this one, which has nothing to do. Whether that may yet
+  // come.
+  bool bring(const Late& late, int member, int64_t waited);
 
   const int size_;
   const std::vector<std::vector<int>> cpus_;  // [size_]
