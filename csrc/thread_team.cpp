@@ -196,7 +196,9 @@ void ThreadTeam::keep_apart(int member, int64_t now) {
   std::vector<int> taken;
   for (int other = 0; other < active_; ++other)
     if (other != member) taken.push_back(counts_[other].cpu.load(std::memory_order_relaxed));
+  me.moving.store(true, std::memory_order_relaxed);
   leave_cpus(taken);
+  me.moving.store(false, std::memory_order_relaxed);
   me.cpu.store(current_cpu(), std::memory_order_relaxed);
 }
 
@@ -216,10 +218,12 @@ ThreadTeam::Late ThreadTeam::find_late(int member) const {
 bool ThreadTeam::bring(const Late& late, int member, int64_t waited) {
   constexpr int64_t kPatience = 2'000'000;
   if (late.member < 0 || late.on_cpu < 0 || !is_late(late.member, member)) return false;
-  const ThreadNumbers thread = counts_[late.member].thread.load(std::memory_order_relaxed);
+  const Member& it = counts_[late.member];
+  const ThreadNumbers thread = it.thread.load(std::memory_order_relaxed);
   if (on_cpu_ns(thread) != late.on_cpu) return false;
   if (waited < kPatience) return true;
-  bring_here(thread);
+  // Where it may go is not known while it moves itself.
+  if (!it.moving.load(std::memory_order_relaxed)) bring_here(thread);
   return false;
 }
 

@@ -73,10 +73,11 @@ class ThreadTeam {
   };
   using Cursors = std::unique_ptr<Cursor[]>;
   struct alignas(64) Member : Count {
-    int64_t judged = 0;              // `queued` as of the time before
-    int64_t moved = 0;               // when it last left a CPU that another member used, too
-    std::atomic<int> cpu{-1};        // as it began, or at its last barrier
-    std::atomic<int64_t> passed{0};  // barriers of the run that it has come to
+    int64_t judged = 0;               // `queued` as of the time before
+    int64_t moved = 0;                // when it last left a CPU that another member used, too
+    std::atomic<int> cpu{-1};         // as it began, or at its last barrier
+    std::atomic<int64_t> passed{0};   // barriers of the run that it has come to
+    std::atomic<bool> moving{false};  // from one CPU to another, by itself
     std::atomic<ThreadNumbers> thread{ThreadNumbers{}};
   };
   static constexpr uint32_t kMostMembers = 1024;
