@@ -107,12 +107,13 @@ class TimedProgram:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._program, name)
 
-    def forward(self, tokens: Any, *arrays: Any) -> None:
+    def forward(self, tokens: Any, *arguments: Any) -> Any:
         begin = time.perf_counter()
-        self._program.forward(tokens, *arrays)
+        complete = self._program.forward(tokens, *arguments)
         self.begins.append(begin)
         self.rows.append(len(tokens))
         self.inside.append(time.perf_counter() - begin)
+        return complete
 
     def sample(self, *arrays: Any) -> None:
         begin = time.perf_counter()

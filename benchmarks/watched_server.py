@@ -84,10 +84,11 @@ class _TimedProgram:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._program, name)
 
-    def forward(self, *arrays: Any) -> None:
+    def forward(self, *arguments: Any) -> Any:
         begin = time.thread_time()
-        self._program.forward(*arrays)
+        complete = self._program.forward(*arguments)
         self.seconds += time.thread_time() - begin
+        return complete
 
     def sample(self, *arrays: Any) -> None:
         begin = time.thread_time()

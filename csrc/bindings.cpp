@@ -54,8 +54,9 @@ void pack(Program& p, const nb::list& sources) {
   p.pack(list);
 }
 
-void forward(Program& p, In<int32_t, 1> tokens, In<int32_t, 1> row_starts, In<int32_t, 1> starts,
-             In<int32_t, 2> block_tables, In<int32_t, 1> sample_rows) {
+bool forward(Program& p, In<int32_t, 1> tokens, In<int32_t, 1> row_starts, In<int32_t, 1> starts,
+             In<int32_t, 2> block_tables, In<int32_t, 1> sample_rows, int64_t optional_rows,
+             double expected_seconds) {
   require(row_starts.shape(0) == starts.shape(0) + 1 && block_tables.shape(0) == starts.shape(0),
           "row_starts, starts and block_tables disagree about the number of sequences");
   const hexad::BatchView batch{tokens.data(),
@@ -66,9 +67,11 @@ void forward(Program& p, In<int32_t, 1> tokens, In<int32_t, 1> row_starts, In<in
                                block_tables.data(),
                                static_cast<int64_t>(block_tables.shape(1)),
                                sample_rows.data(),
-                               static_cast<int64_t>(sample_rows.shape(0))};
+                               static_cast<int64_t>(sample_rows.shape(0)),
+                               static_cast<int64_t>(tokens.shape(0)) - optional_rows,
+                               expected_seconds};
   nb::gil_scoped_release release;
-  p.forward(batch);
+  return p.forward(batch);
 }
 
 void logits(Program& p, Out<float, 2> out) {
@@ -262,7 +265,8 @@ NB_MODULE(_native, m) {
       .def("pack", &pack, "sources"_a)
       .def("prefault", &Program::prefault, nb::call_guard<nb::gil_scoped_release>())
       .def("forward", &forward, "tokens"_a.noconvert(), "row_starts"_a.noconvert(), "starts"_a.noconvert(),
-           "block_tables"_a.noconvert(), "sample_rows"_a.noconvert())
+           "block_tables"_a.noconvert(), "sample_rows"_a.noconvert(), "optional_rows"_a = 0,
+           "expected_seconds"_a = 0.0)
       .def("logits", &logits, "out"_a.noconvert())
       .def("hidden", &hidden, "out"_a.noconvert())
       .def("sample", &sample, "rows"_a, "history"_a.noconvert(), "history_starts"_a.noconvert(),

@@ -18,6 +18,9 @@ constexpr int64_t kPartialFloats = int64_t{1}
                                    << 21;  // for attention over segments; what goes beyond is not split
 constexpr int64_t kSplitShare = 4;         // an attention task of more than 1/4 of a member's work is split
 constexpr int64_t kMaximaTasks = 16;       // parts of a row whose maxima are found by different members
+// A step is late once it is behind by this share of what it should take in all, as if all ops took the same; towards its
+// end nothing is won by giving rows up.
+constexpr double kLate = 0.15, kWorthGivingUp = 0.9;
 
 [[noreturn]] void fail(const std::string& message) { throw std::invalid_argument(message); }
 
@@ -404,7 +407,7 @@ int64_t Program::workspace_bytes() const {
   return total;
 }
 
-void Program::forward(const BatchView& batch) {
+bool Program::forward(const BatchView& batch) {
   const Call call(*this);
   require(sealed_ && (packed_ || weights_.empty()), "the program is not sealed, or has no weights yet");
   require(batch.rows >= 1 && batch.rows <= options_.max_rows,
@@ -445,14 +448,35 @@ void Program::forward(const BatchView& batch) {
   for (int64_t i = 0; i < batch.samples; ++i)
     if (batch.sample_rows[i] < (i > 0 ? batch.sample_rows[i - 1] : 0) || batch.sample_rows[i] >= batch.rows)
       fail("sample rows are not ascending rows of the batch");
+  const int32_t *ends = batch.row_starts + 1, *last = ends + batch.seqs;
+  require(std::find(ends, last, batch.needed) != last &&
+              (batch.samples == 0 || batch.sample_rows[batch.samples - 1] < batch.needed),
+          "the rows that can be given up are no whole sequences, or sampled");
   batch_ = batch;
   samples_ = batch.samples;
+  // The caller looks at the clock as it begins an op, and what it decides holds from the next one on: all members have
+  // met before that.
+  const double count = static_cast<double>(ops_.size());
+  const int64_t begin = now_ns();
+  const auto late = [&](size_t op) {
+    const double share = static_cast<double>(op) / count;
+    return share < kWorthGivingUp &&
+           1e-9 * static_cast<double>(now_ns() - begin) > (share + kLate) * batch.expected;
+  };
+  std::atomic<size_t> given_up{ops_.size()};
   team_.run([&](int member) {
-    for (size_t i = 0; i < ops_.size(); ++i)
+    int64_t rows = batch.rows;
+    for (size_t i = 0; i < ops_.size(); ++i) {
+      if (given_up.load(std::memory_order_relaxed) <= i)
+        rows = batch.needed;
+      else if (member == 0 && rows > batch.needed && late(i))
+        given_up.store(i + 1, std::memory_order_relaxed);
       timer_.time(team_, member, i,
-                  [&] { ops_[i]->run(*this, member, 0, ops_[i]->sampled ? batch_.samples : batch_.rows); });
+                  [&] { ops_[i]->run(*this, member, 0, ops_[i]->sampled ? batch.samples : rows); });
+    }
   });
   batch_ = {};
+  return given_up >= ops_.size();
 }
 
 void Program::split(Tiling& tiling) {

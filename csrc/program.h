@@ -41,6 +41,10 @@ struct BatchView {
   int64_t table_width;
   const int32_t* sample_rows;
   int64_t samples;
+  // Rows from `needed` on, of whole sequences and none of them sampled, are given up if the step is late; `expected`:
+  // seconds that it should take.
+  int64_t needed;
+  double expected;
 };
 
 struct Weight {
@@ -180,7 +184,8 @@ class Program {
   void prefault();
 
   // Running: one call at a time; a second one at once throws std::logic_error.
-  void forward(const BatchView& batch);
+  // Returns whether all rows were computed. Of those given up, some of the KV has been written.
+  bool forward(const BatchView& batch);
   // `rows` and `count` are what the caller made room for: the sample rows of the last forward.
   void logits(float* out, int64_t rows);
   void sample(const SampleBatch& wanted, const SampleOutput& output);

@@ -301,7 +301,12 @@ void AttentionOp::run(Program& p, int member, int64_t begin, int64_t rows) {
     args.segment = task.segment;
     return args;
   };
-  const int64_t tasks = static_cast<int64_t>(cut.tasks.size()) * kv_heads;
+  // Tiles, and so tasks, are in the order of rows, and the last ones may have been given up.
+  const auto within = [&](int32_t tile) { return cut.tiles[at(tile)].row < begin + rows; };
+  const int64_t tasks =
+      kv_heads * (std::partition_point(cut.tasks.begin(), cut.tasks.end(),
+                                       [&](const Program::QueryTask& task) { return within(task.tile); }) -
+                  cut.tasks.begin());
   p.team_.loop(member, tasks, [&](int64_t i) {
     AttentionArgs args = task_of(i), next{};
     if (i + 1 < tasks) {
@@ -310,8 +315,9 @@ void AttentionOp::run(Program& p, int member, int64_t begin, int64_t rows) {
     }
     p.kernels_.attention[dtype](args);
   });
-  if (cut.split.empty()) return;
-  p.team_.loop(member, static_cast<int64_t>(cut.split.size()) * kv_heads, [&](int64_t i) {
+  const int64_t split = std::partition_point(cut.split.begin(), cut.split.end(), within) - cut.split.begin();
+  if (split == 0) return;
+  p.team_.loop(member, split * kv_heads, [&](int64_t i) {
     p.kernels_.merge_segments(args_of(cut.tiles[at(cut.split[at(i / kv_heads)])], i % kv_heads));
   });
 }

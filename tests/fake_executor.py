@@ -68,7 +68,8 @@ class FakeExecutor:
     """Keeps the steps it was given in `steps`, as they were (if `keep`), and `specs` of the sequences it was
     told of.
 
-    `fail_next` makes the next step raise; sequences whose ids are in `broken` get errors instead of tokens.
+    `fail_next` makes the next step raise; sequences whose ids are in `broken` get errors instead of tokens;
+    while it is `late`, it gives up what it may.
     """
 
     step_cost = StepCost(100_000_000, 100_000_000, 30_000_000, 20_000, 20_000)
@@ -81,6 +82,7 @@ class FakeExecutor:
         self.specs: dict[int, SequenceSpec] = {}
         self.broken: set[int] = set()
         self.fail_next = False
+        self.late = False
         self.asleep = False
         self._cache: list[int | None] = [None] * (kv_blocks * BLOCK_TOKENS)
 
@@ -125,9 +127,16 @@ class FakeExecutor:
             for slot in range(BLOCK_TOKENS):
                 self._cache[destination * BLOCK_TOKENS + slot] = self._cache[source * BLOCK_TOKENS + slot]
         self._write(step)
-        result = StepResult([])
+        result = StepResult([], given_up=self.late and step.optional > 0)
+        needed = len(step.sequence_ids) - (step.optional if result.given_up else 0)
         for i, sequence_id in enumerate(step.sequence_ids):
-            result.token_ids.append(self._sample(step, i, sequence_id, result))
+            if i < needed:
+                result.token_ids.append(self._sample(step, i, sequence_id, result))
+                continue
+            assert not step.draws[i]
+            result.token_ids.append([])
+            for position in range(step.starts[i], step.starts[i] + step.counts[i]):
+                self._cache[self._slot(step.block_tables[i], position)] = None
         return result
 
     def _write(self, step: ScheduledStep) -> None:

@@ -19,9 +19,10 @@ constexpr KvDtype kDtype<uint16_t> = KvDtype::kF16;
 template <>
 constexpr KvDtype kDtype<int8_t> = KvDtype::kQ8;
 
-// c[r][0 … columns) ← (resume ? c : 0) + Σ_i a[r][i] · b[i][0 … columns), i ascending: both products of attention.
-// Meanwhile `ahead` is asked for, `ahead_bytes` from there on: blocks lie far apart, so the hardware does not see
-// the next one coming, and all at once it would have to wait.
+// c[r][0 … columns) ← (keep ? keep[r] · c : 0) + Σ_i a[r][i] · b[i][0 … columns), i ascending: both products of
+// attention. Meanwhile `ahead` is asked for, `ahead_bytes` from there on: blocks lie far apart, so the hardware does
+// not see the next one coming, and all at once it would have to wait. It is passed on by reference: reading what was
+// just written, in other pieces, for a copy took a fifth of the time of a few rows.
 template <class T>
 struct Product {
   const float* a;
@@ -30,7 +31,7 @@ struct Product {
   int64_t b_stride;
   int64_t n;
   int64_t columns;  // a multiple of 32
-  bool resume;
+  const float* keep;
   float* c;
   int64_t c_stride;
   const char* ahead;
@@ -49,7 +50,8 @@ __attribute__((noinline)) void product_block(const Product<T>& p, int64_t column
   F32 sums[R][H];
   HEXAD_UNROLL
   for (int r = 0; r < R; ++r)
-    for (int h = 0; h < H; ++h) sums[r][h] = p.resume ? load(c + r * p.c_stride + 16 * h) : splat(0);
+    for (int h = 0; h < H; ++h)
+      sums[r][h] = p.keep ? mul(load(c + r * p.c_stride + 16 * h), splat(p.keep[r])) : splat(0);
   for (int64_t i = 0; i < p.n; ++i, b += p.b_stride, ahead += step) {
     for (int line = 0; line < kLines; ++line) __builtin_prefetch(ahead + 64 * line);
     F32 numbers[H];
@@ -67,7 +69,8 @@ __attribute__((noinline)) void product_block(const Product<T>& p, int64_t column
 
 // All rows in register tiles of `width`, at most R; each of their steps asks for `step` bytes of what is ahead.
 template <int R, class T>
-void product_rows(int64_t rows, int64_t width, Product<T> p, int64_t step) {
+inline __attribute__((always_inline)) void product_rows(int64_t rows, int64_t width, Product<T>& p,
+                                                        int64_t step) {
   constexpr int kNarrow = tile_halves(R), kWide = tile_vectors(R);
   for (; rows >= R && width >= R; rows -= R, p.a += R * p.a_stride, p.c += R * p.c_stride) {
     int64_t column = 0;
@@ -75,6 +78,7 @@ void product_rows(int64_t rows, int64_t width, Product<T> p, int64_t step) {
       product_block<R, kWide>(p, column, p.ahead, step);
     for (; column < p.columns; column += 16 * kNarrow, p.ahead += p.n * step)
       product_block<R, kNarrow>(p, column, p.ahead, step);
+    if (p.keep) p.keep += R;
   }
   if constexpr (R > 1)
     if (rows > 0) product_rows<R - 1>(rows, width, p, step);
@@ -82,15 +86,11 @@ void product_rows(int64_t rows, int64_t width, Product<T> p, int64_t step) {
 
 // Its register tiles are about equal: 7 rows are 4 + 3, not 6 + 1.
 template <class T>
-void product(int64_t rows, const Product<T>& p) {
+__attribute__((noinline)) void product(int64_t rows, Product<T>&& p) {
   const int64_t tiles = (rows + kTileSlots - 1) / kTileSlots, width = (rows + tiles - 1) / tiles,
                 columns = 16 * tile_vectors(static_cast<int>(width)),
                 steps = tiles * ((p.columns + columns - 1) / columns) * p.n;
   product_rows<kTileSlots>(rows, width, p, p.ahead_bytes / steps);
-}
-
-void scale_row(float* x, float factor, int64_t n) {
-  for (int64_t i = 0; i < n; i += 16) store(x + i, mul(load(x + i), splat(factor)));
 }
 
 float exp_of(float x) {
@@ -254,9 +254,9 @@ void attention(const AttentionArgs& a) {
     float* s = scores + seeing.first * 32;
     const float* queries = q + seeing.first * padded;
     if (unpack)
-      product<float>(seen, {queries, padded, k_floats, 32, a.head_dim, 32, false, s, 32, k_ahead, unit});
+      product<float>(seen, {queries, padded, k_floats, 32, a.head_dim, 32, nullptr, s, 32, k_ahead, unit});
     else
-      product<T>(seen, {queries, padded, k, 32, a.head_dim, 32, false, s, 32, k_ahead, unit});
+      product<T>(seen, {queries, padded, k, 32, a.head_dim, 32, nullptr, s, 32, k_ahead, unit});
 
     // The softmax goes over all rows step by step, so that no row waits for another's.
     for (int64_t r = seeing.first; r < seeing.end; ++r) {
@@ -302,14 +302,15 @@ void attention(const AttentionArgs& a) {
       }
       store(row, first);
       store(row + 16, second);
-      if (keep[r] < 1) scale_row(o + r * padded, keep[r], padded);
     }
 
     float* o_seeing = o + seeing.first * padded;
     if (unpack)
-      product<float>(seen, {s, 32, v_floats, padded, keys, padded, true, o_seeing, padded, v_ahead, unit});
+      product<float>(seen, {s, 32, v_floats, padded, keys, padded, keep + seeing.first, o_seeing, padded,
+                            v_ahead, unit});
     else
-      product<T>(seen, {s, 32, v, padded, keys, padded, true, o_seeing, padded, v_ahead, unit});
+      product<T>(seen,
+                 {s, 32, v, padded, keys, padded, keep + seeing.first, o_seeing, padded, v_ahead, unit});
 
     if (begin + kBlockTokens < segment_begin + kSegment && block + 1 < blocks) continue;
     const Rows done = sight.rows_that_see(segment_begin, kSegment);

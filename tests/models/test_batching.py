@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import pytest
 
 from hexad import LLM, SamplingParams
 from hexad.config import BLOCK_TOKENS
+from hexad.engine.pace import Pace
 from hexad.engine.request import Request
 from hexad.outputs import RequestOutput
 
@@ -198,3 +199,25 @@ def test_sequences_of_one_prompt_share_its_blocks(llm: LLM) -> None:
         return most
 
     assert most_blocks(4) < 1.5 * most_blocks(1)
+
+
+def test_late_as_alone(
+    smollm2_path: Path, solo: tuple[list[Case], list[RequestOutput]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where every step that may give up prompts does so."""
+    cases, expected = solo
+    monkeypatch.setattr(Pace, "expected", 1e-9)
+    given_up = []
+    with LLM(smollm2_path, max_model_len=MAX_MODEL_LEN, max_num_batched_tokens=16, max_num_seqs=16) as llm:
+        scheduler = llm.engine.scheduler
+        scheduler._settling = 0
+        give_up = scheduler.give_up
+        monkeypatch.setattr(scheduler, "give_up", lambda step: given_up.append(step) or give_up(step))
+        outputs = run(llm, [replace(case, cancel_after=None) for case in cases], together=True)
+    assert len(given_up) > 5
+    compared = 0
+    for case, output, alone in zip(cases, outputs, expected, strict=True):
+        if case.cancel_after is None:
+            assert (output.outputs, output.prompt_logprobs) == (alone.outputs, alone.prompt_logprobs)
+            compared += 1
+    assert compared > 50

@@ -24,6 +24,7 @@ from hexad.backends.cpu import CpuBackend, CpuExecutable
 from hexad.backends.reference import rms_norm
 from hexad.checkpoint.open import open_checkpoint
 from hexad.config import BLOCK_TOKENS, EngineConfig, KVDtype
+from hexad.errors import BackendError
 from hexad.graph import Graph
 from hexad.graph.fuse import fuse
 from hexad.models import build_graph
@@ -209,6 +210,44 @@ def test_tiny_past_a_segment(
         differs = (free.alone(prompt, 560) != whole).any(axis=1)
         assert not differs[:window].any()
         assert differs[window + 1 :].all()
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("expected", [1e-9, 1e-5, 1e-4, 1e-3, 1e3])
+def test_rows_given_up_change_no_other(tiny: TinyModel, expected: float, threads: int) -> None:
+    """At once, on the way, or not at all; what was given up can be computed again. The second of the others
+    is past a segment."""
+    prompt, _ = prompts_for(200, 90)
+    long, _ = prompts_for(200, 600)
+    runner = Runner(tiny.graph(), tiny.weights, compute="int8", threads=threads, isa=None)
+    mine, others = runner.alone(prompt, 90), runner.alone(long, 600)
+    tables = runner.tables([90, 600, 90])
+    parts, complete = [], []
+    runner.executable.forward(make_batch([(long[:560], 0, tables[1])]))
+    for start in range(0, 90, 30):
+        batch = make_batch([
+            (prompt[start : start + 30], start, tables[0]),
+            (long[560:], 560, tables[1]),
+            (prompt, 0, tables[2]),
+        ])  # fmt: skip
+        batch = replace(batch, sample_rows=np.arange(30, dtype=np.int32))
+        complete.append(
+            runner.executable.forward(replace(batch, optional_rows=130, expected_seconds=expected))
+        )
+        parts.append(runner.executable.logits())
+    assert np.array_equal(np.concatenate(parts), mine)
+    if expected in (1e-9, 1e3):
+        assert complete == [expected > 1] * 3
+    runner.executable.forward(make_batch([(long[560:], 560, tables[1])], sample="all"))
+    assert np.array_equal(runner.executable.logits(), others[560:])
+
+
+def test_only_whole_sequences_that_nothing_is_wanted_of_can_be_given_up(tiny: TinyModel) -> None:
+    runner = Runner(tiny.graph(), tiny.weights, compute="int8", threads=1, isa=None)
+    batch = make_batch([([1, 2, 3], 0, [0]), ([4, 5], 0, [1])])
+    for optional in (-1, 1, 2, 3, 5, 6):  # of two rows the last is sampled
+        with pytest.raises(BackendError, match="given up"):
+            runner.executable.forward(replace(batch, optional_rows=optional))
 
 
 @pytest.mark.parametrize(("compute", "kv_dtype"), [("int8", "auto"), ("float", "auto"), ("int8", "q8")])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from hexad.engine.step import ScheduledStep
@@ -36,6 +38,15 @@ def test_reports_come_before_draws() -> None:
     batch = make_batch(STEP, {1: range(1, 3), 2: range(63, 64)})
     np.testing.assert_array_equal(batch.sample_rows, [0, 2, 3, 4, 5, 5, 5])
     assert batch.sample_rows.dtype == np.int32
+
+
+def test_optional_sequences_are_the_last_rows_unless_something_is_reported_of_them() -> None:
+    step = replace(STEP, draws=[(7,), (), ()], optional=2, expected=0.5)
+    batch = make_batch(step)
+    assert (batch.optional_rows, batch.expected_seconds) == (5, 0.5)
+    assert make_batch(step, {2: range(63, 64)}).optional_rows == 0
+    assert make_batch(replace(step, optional=1), {1: range(1, 2)}).optional_rows == 2
+    assert make_batch(STEP).optional_rows == 0
 
 
 def test_nothing_is_wanted() -> None:

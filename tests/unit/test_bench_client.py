@@ -153,6 +153,19 @@ def test_an_answer_has_its_times_and_counts() -> None:
         assert seen >= sent
 
 
+def test_a_token_without_text_has_its_time_if_ids_are_told() -> None:
+    steps = [
+        STREAM,
+        chunk(event({"prompt_token_ids": [1], "choices": [{"text": "", "token_ids": []}]})),
+        chunk(event({"choices": [{"text": "", "token_ids": [7]}]})),
+        chunk(event({"choices": [{"text": "é", "token_ids": [8]}]})),
+        chunk(DONE) + END,
+    ]
+    with serving(lambda request: steps) as fake:
+        (answer,) = ask(fake)
+    assert (answer.error, len(answer.times)) == ("", 2)
+
+
 def test_a_stream_cut_anywhere_is_the_same() -> None:
     for size in (1, 2, 3, 7, 50, 120):
         parts = [HELLO[at : at + size] for at in range(0, len(HELLO), size)]

@@ -61,6 +61,7 @@ class EngineMachine(RuleBasedStateMachine):
         caching=st.booleans(),
         policy=st.sampled_from(["fcfs", "priority"]),
         max_step_ms=st.sampled_from([None, 0.01, 1000]),
+        late=st.booleans(),
     )
     def begin(self, kv_blocks: int, budget: int, seqs: int, **config: Any) -> None:
         self.executor = FakeExecutor(kv_blocks=kv_blocks, vocab_size=VOCAB, keep=False)
@@ -83,6 +84,8 @@ class EngineMachine(RuleBasedStateMachine):
         # With the times that steps really take, no run would go as the one before.
         pace, times = self.engine.scheduler.pace, random.Random(budget)
         pace.end = functools.partial(lambda end, seconds: end(times.uniform(0, 0.02)), pace.end)
+        self.executor.late = config["late"]
+        self.engine.scheduler._settling = 0
         self.requests: dict[str, Request] = {}
         self.ended: set[str] = set()
 

@@ -6,6 +6,7 @@ import gc
 import pickle
 import random
 import sys
+from itertools import pairwise
 from types import FrameType
 from typing import Any
 
@@ -15,7 +16,7 @@ from tests.fake_engine import assert_as_alone, finish, make_engine, shares
 from hexad.engine.engine import Engine
 from hexad.engine.pace import ATTENTION_MACS, BYTES, LEAST_TOKENS, LONGEST_STEP, MACS, STRETCH
 from hexad.engine.request import Request, Status
-from hexad.engine.scheduler import SETTLING
+from hexad.engine.scheduler import GIVING_UP, SETTLING
 from hexad.engine.step import ScheduledStep, StepCost, StepResult
 from hexad.params import PoolingParams, RequestOutputKind, SamplingParams
 
@@ -150,6 +151,54 @@ def test_prompts_do_not_make_streams_stutter(max_step_ms: float | None) -> None:
     assert sum(chunks) == 2000
     assert len(chunks) > 5
     assert chunks[-2] < chunks[0]  # later tokens look at more
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_prompts_given_up_are_computed_later(late: bool) -> None:
+    engine = make_engine(max_model_len=4096, kv_blocks=300, max_num_seqs=20)
+    executor, cost = engine.executor, engine.executor.step_cost
+    requests = [add(engine, f"{i}", 9, 300, seed=i) for i in range(4)]
+    for _ in range(1 + SETTLING):
+        step(engine)
+    executor.late = late
+    requests += [add(engine, name, 700, 9, seed=9) for name in "ab"]
+    computed = {4: 0, 5: 0}
+    given_up = []
+    while len(executor.steps) < 200:
+        step(engine)
+        taken = executor.steps[-1]
+        if taken.optional:
+            prompts = [i for i, (start, _) in shares(taken).items() if i in computed and start < 700]
+            assert taken.sequence_ids[-taken.optional :] == prompts
+            assert taken.expected == pytest.approx(predicted(cost, taken))
+            given_up += [len(executor.steps)] * late
+        for i, (start, count) in shares(taken).items():
+            if i in computed and start < 700:
+                assert start == computed[i], "nothing is left out"
+                computed[i] += 0 if taken.optional and late else count
+    assert computed == {4: 700, 5: 700}
+    assert all(b - a == GIVING_UP for a, b in pairwise(given_up[:3]))
+    assert len(given_up) > 3 if late else not given_up
+    finish(engine)
+    for request in requests:
+        assert_as_alone(request)
+
+
+def test_what_completes_a_prompt_or_nobody_watches_is_not_given_up() -> None:
+    engine = make_engine(max_num_seqs=20)
+    engine.executor.late = True
+    add(engine, "stream", 9, 100)
+    add(engine, "other", 9, 100, watched=False)
+    for _ in range(1 + SETTLING):
+        step(engine)
+    add(engine, "prompt", 5, 9)
+    assert step(engine)[2] == (0, 5)
+    assert not engine.executor.steps[-1].optional
+    engine.abort("stream")
+    add(engine, "long", 200, 9)
+    step(engine)
+    assert not engine.executor.steps[-1].optional
+    finish(engine)
 
 
 def test_prompts_share_the_time_of_a_step() -> None:

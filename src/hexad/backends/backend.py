@@ -42,14 +42,16 @@ class CompileOptions:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """The ragged arrays of one step, all int32 and C-contiguous.
+    """The ragged arrays of one step, all int32 and C-contiguous, and what may be left out of it.
 
     tokens [rows]: the tokens to compute, sequence after sequence. row_starts [seqs + 1]: sequence s has rows
     row_starts[s] … row_starts[s+1] − 1. starts [seqs]: position of each sequence's first row; its earlier
     positions are in the KV cache. block_tables [seqs, width]: KV block numbers of each sequence, padded with
     −1. sample_rows [n]: rows of which something is wanted (tokens, logprobs, hidden states); ascending, and a
-    row from
-        which several tokens are drawn stands there several times. At most max_rows.
+    row from which several tokens are drawn stands there several times. At most max_rows.
+
+    optional_rows: the last rows, of whole sequences and none of them a sample row, that may be given up if
+    the step is late. expected_seconds: how long it should take.
     """
 
     tokens: NDArray[np.int32]
@@ -57,6 +59,8 @@ class Batch:
     starts: NDArray[np.int32]
     block_tables: NDArray[np.int32]
     sample_rows: NDArray[np.int32]
+    optional_rows: int = 0
+    expected_seconds: float = 0.0
 
 
 class OpTime(NamedTuple):
@@ -91,8 +95,9 @@ class Profile:
 class Executable(Protocol):
     """A compiled graph with its KV cache. Not re-entrant: one call at a time."""
 
-    def forward(self, batch: Batch) -> None:
-        """Computes all rows, writes their KV, and keeps what the wanted logits need."""
+    def forward(self, batch: Batch) -> bool:
+        """Computes all rows, writes their KV, and keeps what the wanted logits need. Returns whether it did
+        so: optional rows may be given up."""
 
     def sample(self, wanted: SampleBatch, output: SampleOutput | None = None) -> SampleOutput:
         """Draws and reports for the sample rows of the last forward, in tiles of rows, so that no more than a

@@ -92,7 +92,7 @@ class ReferenceExecutable:
         self._logits: Array = np.zeros((0, graph.vocab_size), np.float32)
         self._hidden: Array = np.zeros((0, graph.nodes[graph.nodes[-1].inputs[0]].features), np.float32)
 
-    def forward(self, batch: Batch) -> None:
+    def forward(self, batch: Batch) -> bool:
         """See `Executable`. Raises BackendError where the batch contradicts itself or the limits."""
         self._check(batch)
         self._batch = batch
@@ -110,6 +110,7 @@ class ReferenceExecutable:
                 if last_use[value] == place:
                     del values[value]
         self._logits = values[len(self.graph.nodes) - 1]
+        return True
 
     def logits(self) -> Array:
         """float32 [n, vocab]."""

@@ -26,7 +26,10 @@ MAX_EVENT = 1 << 24
 """Bytes of one event, or of a body that is no stream."""
 
 # In JSON the quotes of a text are escaped, so that none of these is found inside generated text.
-_TEXT = re.compile(rb'"(?:text|content|reasoning|reasoning_content|refusal|arguments|name)"\s*:\s*"[^"]')
+_NEWS = re.compile(
+    rb'"(?:text|content|reasoning|reasoning_content|refusal|arguments|name)"\s*:\s*"[^"]'
+    rb'|"token_ids"\s*:\s*\[\s*\d'
+)
 _USAGE = re.compile(rb'"usage"\s*:\s*\{')
 _ERROR = re.compile(rb'"error"\s*:\s*[{"]')
 
@@ -200,9 +203,9 @@ class Events:
 
 @dataclass(slots=True)
 class Answer:
-    """What came of one request. due, sent, end: when it should have been sent, was sent, and was answered or
-    failed; times: of the events that brought text; all in seconds of `perf_counter`. Token counts are the
-    server's; None where it told none. error: the kind of failure, or "".
+    """What came of one request. due, sent, end: when it should have been sent, was sent, and was answered
+    or failed; times: of the events that brought text or token ids; all in seconds of `perf_counter`. Token
+    counts are the server's; None where it told none. error: the kind of failure, or "".
     """
 
     due: float = 0.0
@@ -252,7 +255,7 @@ class _Taker:
                 raise RequestFailed("malformed response", f"a body of more than {MAX_EVENT:,} bytes")
             return
         for event in self._events.feed(data):
-            if _TEXT.search(event):
+            if _NEWS.search(event):
                 self.answer.times.append(now)
             if event == b"[DONE]":
                 self.done = True

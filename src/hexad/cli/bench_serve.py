@@ -265,7 +265,8 @@ class Served:
 
 def latencies(answers: Sequence[Answer]) -> dict[str, list[float]]:
     """Seconds. ttft, e2el: of each answer until its first text, and until its end. tpot: of each, per token
-    after the first. itl: between two events that bring text, each of which may bring several tokens."""
+    after the first. itl: between two events that bring text or token ids, each of which may bring several
+    tokens."""
     return {
         "ttft": [answer.ttft for answer in answers],
         "tpot": [tpot for answer in answers if (tpot := answer.tpot) is not None],

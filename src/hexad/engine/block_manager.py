@@ -77,9 +77,9 @@ class BlockManager:
         self._references[shared] -= 1
         return shared, own
 
-    def release(self, block_table: list[int]) -> None:
-        """Gives up the table's blocks and empties it."""
-        while block_table:
+    def release(self, block_table: list[int], keep: int = 0) -> None:
+        """Gives up the table's blocks but for the first `keep`."""
+        while len(block_table) > keep:
             self._give_up(block_table.pop())
 
     def publish(self, block_table: list[int], index: int, key: bytes) -> None:

@@ -200,11 +200,14 @@ class Engine:
                 logger.exception("A step failed; its %d requests end.", len(step.sequence_ids))
             return self._fail_step(error)
         now = time.monotonic()
-        scheduler.pace.end(now - begin)
+        if result.given_up:
+            scheduler.give_up(step)
+        else:
+            scheduler.pace.end(now - begin)
         advanced = self._update(step, result, now)
         stats = self.stats
         stats.steps += 1
-        stats.iteration_tokens.observe(len(step.tokens))
+        stats.iteration_tokens.observe(sum(step.counts))
         stats.preemptions = scheduler.num_preemptions
         stats.prefix_queries, stats.prefix_hits = scheduler.prefix_queries, scheduler.prefix_hits
         return advanced
@@ -258,6 +261,8 @@ class Engine:
         for sequence, start, count, token_ids in zip(
             scheduler.scheduled, step.starts, step.counts, result.token_ids, strict=True
         ):
+            if not count:  # given up
+                continue
             request = sequence.request
             scheduler.advance(sequence, count)
             if start < sequence.num_prompt:

@@ -91,6 +91,11 @@ class Pace:
         self._prompts += seconds
         return seconds * self._prompt_factors[self._beside]
 
+    @property
+    def expected(self) -> float:
+        """Seconds that the step is predicted to take."""
+        return self._streams * self._stream_factor + self._prompts * self._prompt_factors[self._beside]
+
     def end(self, seconds: float) -> None:
         """Ends the step with the time it took."""
         if self._prompts:

@@ -18,6 +18,9 @@ from hexad.engine.pace import LEAST_TOKENS, Pace
 from hexad.engine.request import Request, Sequence, Status
 from hexad.engine.step import ScheduledStep, SequenceSpec
 
+GIVING_UP = 8
+"""Steps from one whose prompts were given up to the next: they are to get on whatever disturbs."""
+
 SETTLING = 8
 """Tokens that a stream has had when it is first seen to stutter. Requests that come together so begin
 together, at full speed: else the first would hold up the last, and all would run in smaller steps."""
@@ -65,6 +68,7 @@ class Scheduler:
         self._forget: list[int] = []
         self._left = 0  # tokens of the step's budget
         self._seconds = 0.0  # and time for its prompts
+        self._kept_up = GIVING_UP  # steps since prompts were given up
 
     @property
     def num_running(self) -> int:
@@ -88,7 +92,16 @@ class Scheduler:
             named = {*step.sequence_ids, *chain.from_iterable(step.draws)}
             step.new = [self._new.pop(i) for i in list(self._new) if i in named]
         step.finished, self._forget = self._forget, []
+        self._kept_up += 1
         return step
+
+    def give_up(self, step: ScheduledStep) -> None:
+        """Takes note that the optional sequences of a step were not computed."""
+        kept = len(step.counts) - step.optional
+        step.counts[kept:] = [0] * step.optional
+        for sequence in self.scheduled[kept:]:
+            self.blocks.release(sequence.block_table, blocks_for(sequence.num_computed))
+        self._kept_up = 1
 
     def remove(self, sequence: Sequence) -> None:
         """Lets go of a sequence, waiting or running, and frees its blocks. Its `finish` is the caller's
@@ -172,13 +185,14 @@ class Scheduler:
             step.block_tables.append(sequence.block_table)
             step.draws.append(sequence.draw)
             scheduled.append(sequence)
-        step.counts = [1] * len(scheduled)
-        self._left = self.max_num_batched_tokens - len(scheduled)
+        streams = len(scheduled)
+        step.counts = [1] * streams
+        self._left = self.max_num_batched_tokens - streams
         num_prompts = len(prompts) + len(self._waiting)
         watched = num_prompts > 0 and any(
             s.request.watched and s.num_generated > self._settling for s in scheduled
         )
-        self._seconds = self.pace.begin(len(scheduled), positions, prompts=num_prompts, watched=watched)
+        self._seconds = self.pace.begin(streams, positions, prompts=num_prompts, watched=watched)
         # What holds up one prompt holds up those behind it.
         if (
             all(self._hand_out(sequence, step) for sequence in prompts)
@@ -186,6 +200,8 @@ class Scheduler:
         ):
             while (admitted := self._admit(now)) is not None and self._hand_out(admitted, step):
                 pass
+        if watched and self._kept_up >= GIVING_UP and not any(step.draws[streams:]):
+            step.optional, step.expected = len(step.draws) - streams, self.pace.expected
         return step
 
     def _hand_out(self, sequence: Sequence, step: ScheduledStep) -> bool:

@@ -31,13 +31,15 @@ class ScheduledStep:
 
     sequence_ids: who. counts: tokens it computes now. starts: position of the first of them; everything
     before it is in the KV cache already. tokens: those tokens, sequence after sequence. block_tables: numbers
-    of the KV blocks that hold the first start + count positions; the lists are the scheduler's own and good
-    until its next call. draws: ids of the sequences for which a token is drawn after the last of these
-    tokens: none while it catches up; itself once it has; and where n > 1 sequences grow from one prompt, its
-    siblings too.
+    of the KV blocks that hold the first start + count positions; the lists are the scheduler's own and
+    good until its next call. draws: ids of the sequences for which a token is drawn after the last of
+    these tokens: none while it catches up; itself once it has; and where n > 1 sequences grow from one
+    prompt, its siblings too.
 
     new: sequences that no step has named before. finished: those that no step will name again.
-    block_copies: (source, destination) KV blocks to copy before computing.
+    block_copies: (source, destination) KV blocks to copy before computing. optional: how many of the last
+    sequences, pieces of prompts from which nothing is drawn, may be given up where the step takes longer than
+    the `expected` seconds: streams would stutter.
     """
 
     sequence_ids: list[int] = field(default_factory=list)
@@ -49,6 +51,8 @@ class ScheduledStep:
     new: list[SequenceSpec] = field(default_factory=list)
     finished: list[int] = field(default_factory=list)
     block_copies: list[tuple[int, int]] = field(default_factory=list)
+    optional: int = 0
+    expected: float = 0.0
 
 
 class TokenLogprobs(NamedTuple):
@@ -71,7 +75,7 @@ class StepResult:
     of the token drawn, where its params ask for them. prompt_logprobs: one for each of the prompt tokens that
     follow the positions computed in this step. embeddings: the pooled hidden state, of a sequence whose last
     token has been computed. errors: sequences that cannot go on, and why; the token drawn for such a one is
-    -1.
+    -1. given_up: whether the optional sequences were not computed.
     """
 
     token_ids: list[list[int]]
@@ -79,6 +83,7 @@ class StepResult:
     prompt_logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)
     embeddings: dict[int, list[float]] = field(default_factory=dict)
     errors: dict[int, str] = field(default_factory=dict)
+    given_up: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,10 +36,15 @@ def make_batch(step: ScheduledStep, reports: Mapping[int, range] = NO_REPORTS) -
             sample_rows += [end - 1] * len(draws)
     else:
         sample_rows = [end - 1 for end, draws in zip(row_ends, step.draws, strict=True) for _ in draws]
+    optional_rows = sum(step.counts[len(step.counts) - step.optional :])
+    if optional_rows and sample_rows and sample_rows[-1] >= row_ends[-1] - optional_rows:
+        optional_rows = 0  # something is reported of them
     return Batch(
         tokens=np.array(step.tokens, np.int32),
         row_starts=np.array([0, *row_ends], np.int32),
         starts=np.array(step.starts, np.int32),
         block_tables=np.array(blocks, np.int32).reshape(len(row_ends), width),
         sample_rows=np.array(sample_rows, np.int32),
+        optional_rows=optional_rows,
+        expected_seconds=step.expected,
     )

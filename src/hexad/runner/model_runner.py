@@ -122,9 +122,9 @@ class ModelRunner:
         batch, rows = make_batch(step, reports), sampler.rows(step, reports)
         assert len(batch.sample_rows) == len(rows.positions) <= self.limits.max_rows
         if not rows.positions:
-            executable.forward(batch)
-            return StepResult([[] for _ in step.draws])
-        wanted = self._forward(executable, batch, rows)
+            complete = executable.forward(batch)
+            return StepResult([[] for _ in step.draws], given_up=not complete)
+        wanted, complete = self._forward(executable, batch, rows)
         pooled = self._pooled(rows)
         if len(pooled) == len(rows.positions):
             result = StepResult([[] for _ in step.draws])
@@ -140,6 +140,7 @@ class ModelRunner:
                 self._report(step, reports, rows, wanted, output, result)
         if pooled:
             self._pool(executable, rows, pooled, result)
+        result.given_up = not complete
         return result
 
     def sleep(self) -> None:
@@ -176,19 +177,20 @@ class ModelRunner:
             return None
         return self._compiler.compile(params.structured_outputs)
 
-    def _forward(self, executable: Executable, batch: Batch, rows: SampleRows) -> SampleBatch:
-        """Computes, while another thread fills the grammars' masks. Returns what is wanted of the rows."""
+    def _forward(self, executable: Executable, batch: Batch, rows: SampleRows) -> tuple[SampleBatch, bool]:
+        """Computes, while another thread fills the grammars' masks. Returns what is wanted of the rows, and
+        whether all were computed."""
         grammars = self._sampler.grammars(rows)
         if not grammars:
-            executable.forward(batch)
-            return self._sampler.make(rows)
+            complete = executable.forward(batch)
+            return self._sampler.make(rows), complete
         masks = np.empty((len(grammars), self.vocabulary.num_words), np.uint32)
         self._masks.start(list(grammars.values()), masks)
         try:
-            executable.forward(batch)
+            complete = executable.forward(batch)
         finally:
             self._masks.wait()
-        return self._sampler.make(rows, grammars, masks)
+        return self._sampler.make(rows, grammars, masks), complete
 
     def _drawn(self, step: ScheduledStep, rows: SampleRows, tokens: list[int]) -> StepResult:
         """The tokens of a step, and why some could not be drawn."""

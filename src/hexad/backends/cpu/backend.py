@@ -130,13 +130,14 @@ class CpuExecutable:
         self.program = program
         self._nodes = nodes
 
-    def forward(self, batch: Batch) -> None:
+    def forward(self, batch: Batch) -> bool:
         """See `Executable`. Raises BackendError where the batch contradicts itself or the limits."""
-        _checked(
+        return _checked(
             lambda: self.program.forward(
-                batch.tokens, batch.row_starts, batch.starts, batch.block_tables, batch.sample_rows
+                batch.tokens, batch.row_starts, batch.starts, batch.block_tables, batch.sample_rows,
+                batch.optional_rows, batch.expected_seconds,
             )
-        )
+        )  # fmt: skip
 
     def logits(self) -> NDArray[np.float32]:
         """float32 [n, vocab]."""
