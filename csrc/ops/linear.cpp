@@ -11,7 +11,8 @@ namespace {
 constexpr int64_t kStripGroups = kStripColumns / kGroup;
 
 // How far ahead of its use a panel is asked for, in bytes. Hardware stops looking ahead at the end of each page of
-// 4 KiB, which a panel is past after a few groups.
+// 4 KiB, which a panel is past after a few groups. Quantised panels are asked into L2: more misses can be under way
+// there than in L1.
 constexpr int64_t kAhead = 8192;
 
 // Of a tile of W rows.
@@ -42,7 +43,7 @@ inline __attribute__((always_inline)) void quantised_block(const typename Codec:
       constexpr int64_t kBytes = sizeof(typename Codec::Block) / Codec::kGroups;
       const char* ahead = reinterpret_cast<const char*>(panel) + i * kBytes + kAhead;
       HEXAD_UNROLL
-      for (int64_t line = 0; line < kBytes; line += 64) __builtin_prefetch(ahead + line);
+      for (int64_t line = 0; line < kBytes; line += 64) __builtin_prefetch(ahead + line, 0, 2);
     }
     const int8_t* q = reinterpret_cast<const int8_t*>(x) + 4 * first_slot;
     const float* d = reinterpret_cast<const float*>(x + W * kGroup) + first_slot;
