@@ -8,7 +8,8 @@ piece of work in turn while the others idle; every round has fresh prompts, anot
 machine's rates are probed before it. It is void, and done again, if memory is slower than --least-bandwidth.
 
 - prefill: prompt tokens ÷ the time until the first token;
-- decode: DECODE ÷ (the time for DECODE + 1 tokens − the time for 1), greedy, end of generation ignored;
+- decode: DECODE ÷ (the time for DECODE + 1 tokens − the time for 1, the faster of two), greedy, end of
+  generation ignored;
 - batch: requests of 112, 113, … prompt tokens and DECODE more each: tokens made ÷ the time for all of it;
 - load: from the start of the process until it can generate; peak: its resident memory, at most.
 
