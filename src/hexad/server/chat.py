@@ -299,7 +299,7 @@ class ChatGeneration:
     def delta(self, completion: CompletionOutput) -> Delta:
         """What is new of a continuation, told apart. Each output's is to be asked for once, in order."""
         if self._parsers is None:
-            return Delta(content=completion.text)
+            return Delta("", completion.text)
         parser = self._parsers[completion.index]
         message = parser.push(completion.text)
         if completion.finished and (rest := parser.finish()):
