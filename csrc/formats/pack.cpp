@@ -36,14 +36,13 @@ struct Codes {
   void put_nibbles(int r, QuadRows (&to)[4]) const {
     for (int v = 0; v < 4; ++v) put(quads[v] | quads[v + 4] << 4, r, to[v]);
   }
-  void put_adjacent_nibbles(int r, QuadRows (&to)[4]) const {
-    for (int v = 0; v < 4; ++v) put(quads[2 * v] | quads[2 * v + 1] << 4, r, to[v]);
+  template <class Part>
+  void put_adjacent_nibbles(int r, Part (&to)[2]) const {
+    for (int v = 0; v < 4; ++v) put(quads[2 * v] | quads[2 * v + 1] << 4, r, to[v / 2].quads[v % 2]);
   }
-  void put_pairs(int r, QuadRows (&to)[2]) const {
-    for (int v = 0; v < 2; ++v) {
-      const uint32_t* q = quads + 4 * v;
-      put(q[0] | q[1] << 2 | q[2] << 4 | q[3] << 6, r, to[v]);
-    }
+  void put_pairs(int r, QuadRows& first, QuadRows& second) const {
+    put(quads[0] | quads[1] << 2 | quads[2] << 4 | quads[3] << 6, r, first);
+    put(quads[4] | quads[5] << 2 | quads[6] << 4 | quads[7] << 6, r, second);
   }
   void put_bits(int r, QuadRows& to) const {
     uint32_t all = 0;
@@ -108,9 +107,9 @@ void put_halves(const uint8_t* p, int r, Block& to) {
 
 void pack_q2_k(const uint8_t* block, int r, W2KBlock& to) {
   put_halves(block + 80, r, to);
-  for (int i = 0; i < 16; ++i) to.scales[i][r] = block[i];
+  for (int i = 0; i < 16; ++i) to.groups[i / 2].scales[i % 2][r] = block[i];
   for (int g = 0; g < kSuperGroups; ++g)
-    Codes::of(block + 16 + g / 4 * 32, g % 4 * 2, 3).put_pairs(r, to.groups[g].low);
+    Codes::of(block + 16 + g / 4 * 32, g % 4 * 2, 3).put_pairs(r, to.groups[g].low[0], to.groups[g].low[1]);
 }
 
 void pack_q3_k(const uint8_t* block, int r, W3KBlock& to) {
@@ -118,10 +117,10 @@ void pack_q3_k(const uint8_t* block, int r, W3KBlock& to) {
   const uint8_t* low = block + 96;
   for (int i = 0; i < 16; ++i) {
     const int scale = (low[i % 8] >> i / 8 * 4 & 15) | (low[8 + i % 4] >> i / 4 * 2 & 3) << 4;
-    to.scales[i][r] = static_cast<int8_t>(scale - 32);
+    to.groups[i / 2].scales[i % 2][r] = static_cast<int8_t>(scale - 32);
   }
   for (int g = 0; g < kSuperGroups; ++g) {
-    Codes::of(block + 32 + g / 4 * 32, g % 4 * 2, 3).put_pairs(r, to.groups[g].low);
+    Codes::of(block + 32 + g / 4 * 32, g % 4 * 2, 3).put_pairs(r, to.groups[g].low[0], to.groups[g].low[1]);
     Codes::of(block, g, 1).put_bits(r, to.groups[g].high);
   }
 }
@@ -131,10 +130,11 @@ void pack_q3_k(const uint8_t* block, int r, W3KBlock& to) {
 template <class Block>
 void put_six_bit_scales(const uint8_t* p, int r, Block& to) {
   for (int i = 0; i < 4; ++i) {
-    to.scales[i][r] = p[i] & 63;
-    to.minimums[i][r] = p[i + 4] & 63;
-    to.scales[i + 4][r] = static_cast<uint8_t>((p[i + 8] & 15) | p[i] >> 6 << 4);
-    to.minimums[i + 4][r] = static_cast<uint8_t>(p[i + 8] >> 4 | p[i + 4] >> 6 << 4);
+    auto &first = to.groups[i], &second = to.groups[i + 4];
+    first.scale[r] = p[i] & 63;
+    first.minimum[r] = p[i + 4] & 63;
+    second.scale[r] = static_cast<uint8_t>((p[i + 8] & 15) | p[i] >> 6 << 4);
+    second.minimum[r] = static_cast<uint8_t>(p[i + 8] >> 4 | p[i + 4] >> 6 << 4);
   }
 }
 
@@ -156,11 +156,12 @@ void pack_q5_k(const uint8_t* block, int r, W5KBlock& to) {
 
 void pack_q6_k(const uint8_t* block, int r, W6KBlock& to) {
   to.d[r] = half_at(block + 208);
-  for (int i = 0; i < 16; ++i) to.scales[i][r] = static_cast<int8_t>(block[192 + i]);
+  for (int i = 0; i < 16; ++i) to.groups[i / 2].scales[i % 2][r] = static_cast<int8_t>(block[192 + i]);
   for (int g = 0; g < kSuperGroups; ++g) {
-    const int part = g / 4, run = g % 4;  // of 128 columns; of 32
-    Codes::of(block + 64 * part + run % 2 * 32, run / 2 * 4, 15).put_adjacent_nibbles(r, to.groups[g].quads);
-    Codes::of(block + 128 + 32 * part, run * 2, 3).put_pairs(r, to.groups[g].high);
+    const int half = g / 4, run = g % 4;  // of 128 columns; of 32
+    auto& parts = to.groups[g].parts;
+    Codes::of(block + 64 * half + run % 2 * 32, run / 2 * 4, 15).put_adjacent_nibbles(r, parts);
+    Codes::of(block + 128 + 32 * half, run * 2, 3).put_pairs(r, parts[0].high, parts[1].high);
   }
 }
 

@@ -36,16 +36,16 @@ struct W4MGroup {
 // w = d · (q − 16), 5.5 bits per weight: a nibble, and the fifth bit in `high`.
 struct W5Group {
   uint16_t d[kPanelRows];
-  QuadRows quads[4];
   QuadRows high;
+  QuadRows quads[4];
 };
 
 // w = d · q + m, 6 bits per weight.
 struct W5MGroup {
   uint16_t d[kPanelRows];
   uint16_t m[kPanelRows];
-  QuadRows quads[4];
   QuadRows high;
+  QuadRows quads[4];
 };
 
 // w = d · (q − 128), 8.5 bits per weight. quads[c] is quad c.
@@ -60,8 +60,8 @@ struct W8Group {
 struct W2KBlock {
   uint16_t d[kPanelRows];
   uint16_t m[kPanelRows];
-  uint8_t scales[2 * kSuperGroups][kPanelRows];
   struct {
+    uint8_t scales[2][kPanelRows];
     QuadRows low[2];
   } groups[kSuperGroups];
 };
@@ -69,10 +69,10 @@ struct W2KBlock {
 // w = d · sc · (q − 4), 3.5625 bits per weight: two bits, and the third in `high`; a scale for 16 columns.
 struct W3KBlock {
   uint16_t d[kPanelRows];
-  int8_t scales[2 * kSuperGroups][kPanelRows];
   struct {
-    QuadRows low[2];
+    int8_t scales[2][kPanelRows];
     QuadRows high;
+    QuadRows low[2];
   } groups[kSuperGroups];
 };
 
@@ -80,9 +80,9 @@ struct W3KBlock {
 struct W4KBlock {
   uint16_t d[kPanelRows];
   uint16_t m[kPanelRows];
-  uint8_t scales[kSuperGroups][kPanelRows];
-  uint8_t minimums[kSuperGroups][kPanelRows];
   struct {
+    uint8_t scale[kPanelRows];
+    uint8_t minimum[kPanelRows];
     QuadRows quads[4];
   } groups[kSuperGroups];
 };
@@ -91,11 +91,11 @@ struct W4KBlock {
 struct W5KBlock {
   uint16_t d[kPanelRows];
   uint16_t m[kPanelRows];
-  uint8_t scales[kSuperGroups][kPanelRows];
-  uint8_t minimums[kSuperGroups][kPanelRows];
   struct {
-    QuadRows quads[4];
+    uint8_t scale[kPanelRows];
+    uint8_t minimum[kPanelRows];
     QuadRows high;
+    QuadRows quads[4];
   } groups[kSuperGroups];
 };
 
@@ -103,10 +103,12 @@ struct W5KBlock {
 // columns.
 struct W6KBlock {
   uint16_t d[kPanelRows];
-  int8_t scales[2 * kSuperGroups][kPanelRows];
   struct {
-    QuadRows quads[4];
-    QuadRows high[2];
+    int8_t scales[2][kPanelRows];
+    struct {
+      QuadRows high;
+      QuadRows quads[2];
+    } parts[2];
   } groups[kSuperGroups];
 };
 

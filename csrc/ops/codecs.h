@@ -76,9 +76,10 @@ struct SixBits {
   static constexpr int order(int i) { return i; }
   template <class Group>
   static Quads code(const Group& group, int c, int half) {
-    const Quads both = load_quads(group.quads[c / 2][16 * half]);
-    return with_bits(c % 2 == 0 ? low_nibbles(both) : high_nibbles(both),
-                     load_quads(group.high[c / 4][16 * half]), c % 4 * 2 - 4, 0x30);
+    const auto& part = group.parts[c / 4];
+    const Quads both = load_quads(part.quads[c % 4 / 2][16 * half]);
+    return with_bits(c % 2 == 0 ? low_nibbles(both) : high_nibbles(both), load_quads(part.high[16 * half]),
+                     c % 4 * 2 - 4, 0x30);
   }
 };
 
@@ -134,10 +135,10 @@ struct ByteScales : SuperBlock<Packed, Codes, true> {
   static constexpr int kParts = 1, kZero = 0;
   static constexpr bool kFactors = false;
   static F32 scale(const Head& head, const Packed& b, int g, int, int half) {
-    return mul(head.d, to_float(load_bytes(b.scales[g] + 16 * half)));
+    return mul(head.d, to_float(load_bytes(b.groups[g].scale + 16 * half)));
   }
   static F32 minimum(const Head& head, const Packed& b, int g, int, int half) {
-    return mul(head.m, to_float(load_bytes(b.minimums[g] + 16 * half)));
+    return mul(head.m, to_float(load_bytes(b.groups[g].minimum + 16 * half)));
   }
 };
 
@@ -146,7 +147,7 @@ struct SignedScales : SuperBlock<Packed, Codes, false> {
   static constexpr int kParts = 2, kZero = kZeroPoint;
   static constexpr bool kFactors = false;
   static F32 scale(const Head& head, const Packed& b, int g, int part, int half) {
-    return mul(head.d, to_float(load_bytes(b.scales[2 * g + part] + 16 * half)));
+    return mul(head.d, to_float(load_bytes(b.groups[g].scales[part] + 16 * half)));
   }
   static F32 minimum(const Head& head, const Packed&, int, int, int) { return head.m; }
 };
@@ -157,10 +158,10 @@ struct W2K : SuperBlock<W2KBlock, TwoBits, true> {
   static F32 scale(const Head& head, const Block&, int, int, int) { return head.d; }
   static F32 minimum(const Head& head, const Block&, int, int, int) { return head.m; }
   static I32 scale_factor(const Block& b, int g, int part, int half) {
-    return load_nibbles(b.scales[2 * g + part] + 16 * half, 0);
+    return load_nibbles(b.groups[g].scales[part] + 16 * half, 0);
   }
   static I32 minimum_factor(const Block& b, int g, int part, int half) {
-    return load_nibbles(b.scales[2 * g + part] + 16 * half, 4);
+    return load_nibbles(b.groups[g].scales[part] + 16 * half, 4);
   }
   // As sums take them: a part's scale, and the minimums of both as pairs of int16.
   static Part factor(const Block& b, int g, int part, int half) {

@@ -2,8 +2,6 @@
 
 #include "ops/linear.h"
 
-#include <type_traits>
-
 #include "ops/codecs.h"
 #include "ops/table.h"
 
@@ -17,11 +15,12 @@ constexpr int64_t kStripGroups = kStripColumns / kGroup;
 // there than in L1.
 constexpr int64_t kAhead = 8192;
 
-// Bytes from one prefetch to the next. Of eight-bit codes, which lie as they are read, only the first line of each
-// aligned pair is asked for: hardware fetches the second, and does not need L1's few miss buffers for it, through
-// which every prefetch goes. With the other formats it brings too little.
+// Bytes from one prefetch to the next. Where hardware follows the loads well, only the first line of each aligned pair
+// is asked for: it fetches the second, and does not need L1's few miss buffers for it, through which every prefetch
+// goes (docs/kernels.md has the figures).
 template <class Codec>
-constexpr int64_t kAskedEvery = std::is_same_v<Codec, W8> ? 128 : 64;
+constexpr int64_t kAskedEvery =
+    Codec::kBits == 8 || (kLoadsLines && Codec::kGroups > 1 && Codec::kBits >= 4) ? 128 : 64;
 
 // Of a tile of W rows.
 template <int W>

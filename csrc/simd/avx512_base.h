@@ -127,6 +127,8 @@ constexpr int tile_halves(int) { return 2; }
 constexpr int tile_vectors(int) { return 4; }
 // Tiles of dots from which unpacking a panel once pays: codes are taken apart beside the multiplications for nothing.
 constexpr int kStripTiles = 12;
+// Whether a load takes a whole cache line.
+constexpr bool kLoadsLines = true;
 
 }  // namespace
 }  // namespace hexad::HEXAD_NAMESPACE

@@ -228,6 +228,8 @@ constexpr int tile_halves(int) { return 2; }
 constexpr int tile_vectors(int slots) { return tile_halves(slots); }
 // Tiles of dots from which unpacking a panel once pays.
 constexpr int kStripTiles = 4;
+// Whether a load takes a whole cache line.
+constexpr bool kLoadsLines = false;
 
 }  // namespace
 }  // namespace hexad::HEXAD_NAMESPACE

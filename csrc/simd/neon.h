@@ -326,6 +326,8 @@ constexpr int tile_halves(int slots) { return slots == 1 ? 2 : 1; }
 constexpr int tile_vectors(int slots) { return tile_halves(slots); }
 // Tiles of dots from which unpacking a panel once pays.
 constexpr int kStripTiles = 4;
+// Whether a load takes a whole cache line.
+constexpr bool kLoadsLines = false;
 
 }  // namespace
 }  // namespace hexad::HEXAD_NAMESPACE
