@@ -9,7 +9,7 @@ from hexad.engine.step import StepCost
 LONGEST_STEP = 2.0
 """Seconds that no step shall pass."""
 
-STRETCH = 2.1
+STRETCH = 2.2
 """How much longer than the streams' own step one with prompts may take, unless max_step_ms says otherwise. If
 more prompts wait than streams run, what is added grows by as much: the few are not to hold up the many."""
 
