@@ -8,6 +8,9 @@
 //   pairs     low[v]: quads 4v … 4v + 3, two bits each, from the lowest up
 //   bits      high: one bit of each quad, quad c in bit c
 // Where scales belong to 16 columns, quads[v] is 2v (low) and 2v + 1 (high): a vector belongs to one scale.
+//
+// A group's scales and high bits lie before its other codes, in the group itself: a walk over a panel goes in one
+// direction, which hardware prefetchers can follow.
 #pragma once
 
 #include <cstdint>
